@@ -1,13 +1,32 @@
 "The package's metadata, read from settings.ini."
 from configparser import ConfigParser
 from pathlib import Path
+from shutil import copy2
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
+
+
+class BuildLessons(build_py):
+    "What is installed carries the lessons in sdcourse/lessons; a checkout has them in nbs"
+    def lessons(self):
+        target = Path(self.build_lib)/'sdcourse'/'lessons'
+        return {} if self.editable_mode else {nb: target/nb.name for nb in sorted((here/'nbs').glob('*.ipynb'))}
+
+    def run(self):
+        super().run()
+        for nb, target in self.lessons().items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy2(nb, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return super().get_outputs(include_bytecode) + [str(o) for o in self.lessons().values()]
+
 
 setup(
     name=cfg['lib_name'],
@@ -16,13 +35,16 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     author=cfg['author'],
-    license=cfg['license'],
+    license_expression=cfg['license'],
+    license_files=['LICENSE', 'NOTICE'],
     keywords=cfg['keywords'].split(),
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     packages=find_packages(include=['sdcourse', 'sdcourse.*']),
+    include_package_data=False,  # only what the next line names
     package_data={'sdcourse': ['mnist/*', 'pretrained/**/*']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['sdcourse = sdcourse._modidx:d']},
+    cmdclass={'build_py': BuildLessons},
 )

@@ -1,0 +1,292 @@
+"The command line: what it draws and says, and one line with exit code 2 for whatever is wrong."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sdcourse import cli, gradients, model
+from sdcourse.cli import main
+
+
+@pytest.fixture
+def terminal(tmp_path, monkeypatch, capsys):
+    "Run a command in an empty folder: (exit code, stdout, stderr)"
+    monkeypatch.chdir(tmp_path)
+    def run(*words):
+        try: code = main(list(map(str, words)))
+        except SystemExit as e: code = e.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+    return run
+
+
+def left():
+    "What is in the current folder"
+    return sorted(p.name for p in Path().iterdir())
+
+
+# ---- what it does
+
+def test_help_is_quick():
+    command = [Path(sys.executable).parent/'sdcourse', '--help']
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        times.append(time.perf_counter() - start)
+    assert all(word in out for word in ('synthesize', 'train', 'lessons', 'info')), out
+    assert min(times) < 0.5, times
+
+
+@pytest.mark.parametrize('command', ['synthesize', 'train', 'lessons', 'info'])
+def test_help(terminal, command):
+    code, out, err = terminal(command, '--help')
+    assert code == 0 and command in out and not err
+
+
+def test_no_command_is_help(terminal):
+    code, out, err = terminal()
+    assert code == 0 and 'synthesize' in out and not err
+
+
+def test_version(terminal):
+    from sdcourse import __version__
+    assert terminal('--version') == (0, f'sdcourse {__version__}\n', '')
+
+
+def test_synthesize(terminal):
+    code, out, err = terminal('synthesize', '3141', '--n', 2, '--steps', 2, '--seed', 5, '-o', 'a.png')
+    assert code == 0 and left() == ['a.png']
+    assert re.fullmatch(r'a\.png: 8 digits in \d+\.\d s on \w+; --seed 5 draws the same again\n', out), out
+    assert '2/2' in err, 'a progress bar'
+    with Image.open('a.png') as picture:
+        width, height = picture.size
+        assert picture.format == 'PNG' and width > 4*28 and width > 1.8*height
+
+
+def test_same_seed_same_sheet(terminal):
+    for name, seed in [('a.png', 1), ('b.png', 1), ('c.png', 2)]:
+        assert terminal('synthesize', '7', '--n', 1, '--steps', 2, '--seed', seed, '-o', name)[0] == 0
+    a, b, c = (Path(f'{name}.png').read_bytes() for name in 'abc')
+    assert a == b != c
+
+
+def test_printed_seed_repeats(terminal):
+    _, out, _ = terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', 'a.png')
+    seed = re.search(r'--seed (\d+)', out)[1]
+    terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', 'b.png', '--seed', seed)
+    assert Path('a.png').read_bytes() == Path('b.png').read_bytes()
+
+
+def test_defaults(terminal, monkeypatch):
+    seen = {}
+    def draw(labels, steps=3, seed=0, device=None, dtype=None, on_step=None):
+        seen.update(labels=labels, steps=steps, device=device, dtype=dtype)
+        return torch.zeros(len(labels), 1, 28, 28)
+    monkeypatch.setattr(gradients, 'synthesize', draw)
+    code, out, _ = terminal('synthesize')
+    assert code == 0 and left() == ['digits.png'] and out.startswith('digits.png: 50 digits')
+    assert seen['labels'] == list(range(10))*5 and seen['steps'] == 3
+    assert seen['dtype'] is torch.float32 and seen['device'] == model.default_device()
+
+
+def test_gif(terminal):
+    code, out, _ = terminal('synthesize', '70', '--n', 1, '--steps', 5, '-o', 'a.png', '--gif')
+    assert code == 0 and left() == ['a.gif', 'a.png'] and 'a.png and a.gif' in out
+    with Image.open('a.gif') as animation: assert animation.n_frames == 5
+
+
+@pytest.mark.parametrize('suffix', cli.PICTURES)
+def test_pictures(terminal, suffix):
+    assert terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', f'a{suffix}')[0] == 0
+    with Image.open(f'a{suffix}') as picture: picture.verify()
+
+
+def test_replaces_a_picture(terminal):
+    Path('a.png').write_text('old')
+    assert terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', 'a.png')[0] == 0
+    with Image.open('a.png') as picture: picture.verify()
+
+
+def test_weights(terminal):
+    shutil.copytree(model.find_pretrained('classifier'), 'mine')
+    for weights, name in [('mine', 'a.png'), ('classifier', 'b.png')]:
+        code, *_ = terminal('synthesize', '7', '--n', 1, '--steps', 3, '--seed', 0, '--weights', weights, '-o', name)
+        assert code == 0
+    assert Path('a.png').read_bytes() == Path('b.png').read_bytes()
+
+
+def test_unknown_weights(terminal):
+    for name in ('unicorn', 'no/such/folder', '..'):
+        code, out, err = terminal('synthesize', '7', '--weights', name, '-o', 'a.png')
+        assert code == 2 and not out and name in err and err.count('\n') == 1 and left() == []
+    assert all(name in terminal('synthesize', '7', '--weights', 'unicorn')[2] for name in model.shipped())
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_dtype(terminal, dtype):
+    assert terminal('synthesize', '7', '--n', 1, '--steps', 1, '--dtype', dtype)[0] == 0
+
+
+def test_train(terminal, monkeypatch):
+    seen = {}
+    def train(output, **given):
+        seen.update(given, output=output)
+        return {'seed': 3, 'test_accuracy': 0.5, 'files': {}}
+    monkeypatch.setattr(gradients, 'train_classifier', train)
+    code, out, _ = terminal('train', 'classifier', '-o', 'mine', '--epochs', 2, '--seed', 3, '--device', 'cpu')
+    assert code == 0 and 'test_accuracy' in out and 'mine: trained in' in out
+    assert seen == {'output': Path('mine'), 'epochs': 2, 'seed': 3, 'device': torch.device('cpu')}
+
+
+def test_info(terminal):
+    code, out, _ = terminal('info')
+    assert code == 0 and f'torch {torch.__version__}' in out and str(model.default_device()) in out
+    for name in model.shipped():
+        manifest = model.read_manifest(model.find_pretrained(name))
+        assert name in out and all(digest in out for digest in manifest['files'].values())
+        assert all(fact in out for fact in manifest if fact != 'files')
+    assert out.count(' verified') >= len(model.shipped()) > 0
+
+
+def test_info_sees_damage(terminal, monkeypatch, tmp_path):
+    folder = Path(shutil.copytree(model.PRETRAINED, tmp_path/'pretrained'))
+    weights = next(folder.rglob('*.safetensors'))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(model, 'PRETRAINED', folder)
+    code, out, _ = terminal('info')
+    assert code == 1 and 'DOES NOT MATCH' in out
+
+
+def test_lessons_are_listed(terminal, root):
+    code, out, _ = terminal('lessons')
+    names = [line.split()[0] for line in out.splitlines()]
+    assert code == 0 and sorted(names) == sorted(p.name for p in (root/'nbs').glob('*.ipynb'))
+    assert all(re.match(r'\S+ +[^:]+: .{10,}', line) for line in out.splitlines()), out
+
+
+def test_lessons_are_copied(terminal, root):
+    code, out, _ = terminal('lessons', 'deep/mine')
+    assert code == 0 and 'jupyter lab deep/mine' in out
+    assert sorted(p.name for p in Path('deep/mine').iterdir()) == sorted(p.name for p in (root/'nbs').glob('*.ipynb'))
+    Path('deep/mine/01_data.ipynb').write_text('my work')
+    code, out, err = terminal('lessons', 'deep/mine')
+    assert code == 2 and 'nothing is overwritten' in err and Path('deep/mine/01_data.ipynb').read_text() == 'my work'
+
+
+def test_one_taken_name_copies_nothing(terminal):
+    Path('mine').mkdir()
+    Path('mine/03_noise.ipynb').write_text('my work')
+    code, _, err = terminal('lessons', 'mine')
+    assert code == 2 and '03_noise.ipynb' in err and os.listdir('mine') == ['03_noise.ipynb']
+
+
+# ---- what is wrong: (words, what the line must name)
+
+WRONG = {
+    'unknown command': (['fly'], ["'fly'", 'synthesize', 'info']),
+    'unknown option': (['info', '--fly'], ['--fly']),
+    'a letter': (['synthesize', 'x'], ["'x'", '0 to 9']),
+    'digits and a letter': (['synthesize', '12a'], ["'12a'", '0 to 9']),
+    'no label': (['synthesize', ''], ["''", '0 to 9']),
+    'another script': (['synthesize', '٣'], ['0 to 9']),
+    'too many labels': (['synthesize', '7'*101], ['1 to 100']),
+    'no steps': (['synthesize', '--steps', '0'], ["'0'", '1 to']),
+    'negative steps': (['synthesize', '--steps', '-3'], ["'-3'", '1 to']),
+    'half a step': (['synthesize', '--steps', '1.5'], ["'1.5'", 'whole number']),
+    'none of each': (['synthesize', '--n', '0'], ["'0'", '1 to 100']),
+    'less than none': (['synthesize', '--n', '-1'], ["'-1'", '1 to 100']),
+    'too many': (['synthesize', '--n', '1000000000'], ["'1000000000'", '1 to 100']),
+    'negative seed': (['synthesize', '--seed', '-1'], ["'-1'", '0 to']),
+    'a word for a seed': (['synthesize', '--seed', 'lucky'], ["'lucky'", 'whole number']),
+    'unknown ending': (['synthesize', '-o', 'x.bmp'], ["'x.bmp'", '.png', '.webp']),
+    'no ending': (['synthesize', '-o', 'x'], ["'x'", '.png']),
+    'no folder': (['synthesize', '-o', 'no/x.png'], ['no/x.png', 'No such file']),
+    'a folder': (['synthesize', '-o', 'folder.png'], ['folder.png', 'folder']),
+    'a folder for the animation': (['synthesize', '-o', 'folder.jpg', '--gif'], ['folder.gif', 'folder']),
+    'a file in the way': (['synthesize', '-o', 'file/x.png'], ['file/x.png', 'Not a directory']),
+    'unknown device': (['synthesize', '--device', 'abacus'], ["'abacus'", 'cpu']),
+    'absent device': (['synthesize', '--device', 'cuda:99'], ["'cuda:99'", 'cpu']),
+    'whole numbers': (['synthesize', '--dtype', 'int8'], ["'int8'", 'float32', 'bfloat16']),
+    'unknown model': (['train', 'unicorn'], ["'unicorn'", 'classifier']),
+    'no model': (['train'], ['model']),
+    'no epochs': (['train', 'classifier', '--epochs', '0'], ["'0'", '1 to']),
+    'no number': (['train', 'classifier', '--noise', 'nan'], ["'nan'", '0 to 10']),
+    'training on an abacus': (['train', 'classifier', '--device', 'abacus'], ["'abacus'", 'cpu']),
+    'a folder in use': (['train', 'classifier', '-o', 'full'], ['full', 'new folder']),
+    'a file for a folder': (['train', 'classifier', '-o', 'file'], ['file', 'new folder']),
+    'a folder in a file': (['train', 'classifier', '-o', 'file/mine'], ['file/mine']),
+    'lessons in a file': (['lessons', 'file/mine'], ['file/mine']),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong(terminal, monkeypatch, name):
+    def computing(*args, **kwargs): raise AssertionError('computed before all was checked')
+    monkeypatch.setattr(gradients, 'synthesize', computing)
+    monkeypatch.setattr(gradients, 'train_classifier', computing)
+    for folder in ('folder.png', 'folder.gif', 'full'): Path(folder).mkdir()
+    for file in ('file', 'full/mine'): Path(file).write_text('mine')
+    before, (words, named) = left(), WRONG[name]
+    code, out, err = terminal(*words)
+    assert code == 2 and not out
+    assert err.startswith('sdcourse') and err.count('\n') == 1 and err.endswith('\n'), err
+    assert all(x in err for x in named), err
+    assert left() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='everything is writable for root')
+def test_read_only_folder(terminal):
+    Path('locked').mkdir(mode=0o500)
+    code, _, err = terminal('synthesize', '-o', 'locked/x.png')
+    assert code == 2 and 'locked/x.png' in err
+
+
+@pytest.mark.parametrize('error, code, said', [
+    (ValueError('wrong\nweights'), 2, 'sdcourse: wrong weights\n'),
+    (OSError(28, 'No space left on device'), 1, 'No space left'),
+    (MemoryError(), 1, 'MemoryError'),
+    (KeyboardInterrupt(), 130, 'interrupted'),
+], ids=['ValueError', 'OSError', 'MemoryError', 'Ctrl-C'])
+def test_failures(terminal, monkeypatch, error, code, said):
+    def draw(labels, steps=3, seed=0, device=None, dtype=None, on_step=None):
+        on_step(0, torch.zeros(len(labels), 1, 28, 28))
+        raise error
+    monkeypatch.setattr(gradients, 'synthesize', draw)
+    Path('a.png').write_text('old')
+    got, out, err = terminal('synthesize', '-o', 'a.png', '--gif')
+    assert got == code and not out and said in err and 'Traceback' not in err
+    assert left() == ['a.png'] and Path('a.png').read_text() == 'old'
+
+
+@pytest.mark.parametrize('spoil', [lambda b: b[:100], lambda b: b[:-8], lambda b: b[:-8] + b'tampered', lambda b: b''],
+                         ids=['a stump', 'cut short', 'changed', 'empty'])
+def test_damaged_weights(terminal, monkeypatch, tmp_path, spoil):
+    folder = Path(shutil.copytree(model.PRETRAINED, tmp_path/'pretrained'))
+    for weights in folder.rglob('*.safetensors'): weights.write_bytes(spoil(weights.read_bytes()))
+    monkeypatch.setattr(model, 'PRETRAINED', folder)
+    code, out, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
+    assert code == 2 and err.count('\n') == 1 and 'safetensors' in err and left() == ['pretrained']
+
+
+def test_config_that_does_not_fit(terminal, monkeypatch, tmp_path):
+    folder = Path(shutil.copytree(model.PRETRAINED, tmp_path/'pretrained'))
+    for path in folder.rglob('config.json'): path.write_text(json.dumps(json.loads(path.read_text()) | {'wings': 2}))
+    monkeypatch.setattr(model, 'PRETRAINED', folder)
+    code, _, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
+    assert code == 2 and 'wings' in err and err.count('\n') == 1 and left() == ['pretrained']
+
+
+def test_no_weights(terminal, monkeypatch, tmp_path):
+    (tmp_path/'pretrained').mkdir()
+    monkeypatch.setattr(model, 'PRETRAINED', tmp_path/'pretrained')
+    code, _, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
+    assert code == 2 and 'classifier' in err and err.count('\n') == 1

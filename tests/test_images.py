@@ -1,0 +1,220 @@
+"Pictures: conversions there and back, agreement with the references, files that are whole or not there"
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.utils import make_grid as reference_grid
+
+from sdcourse import images as module
+from sdcourse.images import (
+    COLORS,
+    animate,
+    atomic_path,
+    latents_to_rgb,
+    make_grid,
+    save_gif,
+    save_image,
+    show_images,
+    show_latents,
+    to_pil,
+    to_tensor,
+)
+
+sides, channels, seeds = st.integers(1, 9), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1)
+
+
+def noise(*shape, seed=0):
+    "Normal values, a third of them outside [-1, 1]"
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=seeds, c=channels, h=sides, w=sides)
+def test_pixels_survive_there_and_back(seed, c, h, w):
+    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, c), dtype=np.uint8)
+    image = to_tensor(pixels)
+    assert image.shape == (c, h, w) and image.dtype == torch.float32 and image.abs().max() <= 1
+    assert (np.asarray(to_pil(image)).reshape(h, w, c) == pixels).all()
+    assert to_tensor(to_pil(image)).equal(image)
+
+
+@given(seed=seeds, c=channels, dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_tensors_come_back_clipped_to_half_a_step(seed, c, dtype):
+    image = noise(c, 5, 4, seed=seed).to(dtype)
+    kept = image.clone()
+    back = to_tensor(to_pil(image))
+    assert (back - image.float().clamp(-1, 1)).abs().max() <= 0.5/127.5 + 1e-5
+    assert image.equal(kept)  # the input isn't changed
+
+
+def test_every_byte_and_infinity():
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (np.asarray(to_pil(to_tensor(every))) == every).all()
+    assert np.asarray(to_pil(torch.tensor([[[-torch.inf, torch.inf, -1e9, 1e9]]]))).tolist() == [[0, 255, 0, 255]]
+
+
+def test_to_pil_equals_diffusers():
+    from diffusers.image_processor import VaeImageProcessor
+    batch = noise(4, 3, 16, 16)
+    theirs = VaeImageProcessor(vae_scale_factor=1).postprocess(batch, output_type='pil')
+    for image, picture in zip(batch, theirs): assert (np.asarray(to_pil(image)) == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize('mode, pixel, expected', [
+    ('1', 1, [255]), ('P', 0, [0, 0, 0]), ('RGBA', (10, 20, 30, 0), [255, 255, 255]),
+    ('RGBA', (10, 20, 30, 255), [10, 20, 30]), ('LA', (9, 255), [9, 9, 9]), ('CMYK', (0, 0, 0, 255), [0, 0, 0])])
+def test_other_modes(mode, pixel, expected):
+    assert ((to_tensor(Image.new(mode, (2, 1), pixel)) + 1)*127.5).round()[:, 0, 1].tolist() == expected
+
+
+@pytest.mark.parametrize('bad', [
+    np.zeros((4, 4), np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8), Image.new('I', (2, 2)),
+    Image.new('F', (2, 2))])
+def test_to_tensor_refuses(bad):
+    with pytest.raises(ValueError, match='got'): to_tensor(bad)
+
+
+@pytest.mark.parametrize('bad', [
+    torch.zeros(1, 2, 2, dtype=torch.uint8), torch.full((1, 2, 2), torch.nan), torch.zeros(2, 2), torch.zeros(4, 2, 2),
+    torch.zeros(1, 1, 2, 2), torch.zeros(1, 0, 2), np.zeros((1, 2, 2)), None])
+def test_to_pil_refuses(bad):
+    with pytest.raises(ValueError): to_pil(bad)
+
+
+@given(n=st.integers(1, 7), ncols=st.integers(1, 8), pad=st.integers(0, 3), c=channels)
+def test_grid_holds_every_picture(n, ncols, pad, c):
+    images = noise(n, c, 3, 2)
+    grid = make_grid(images, ncols, pad, fill=9.)
+    rows = -(-n//ncols)
+    assert grid.shape == (c, rows*(3 + pad) + pad, ncols*(2 + pad) + pad)
+    assert (grid != 9).sum() == images.numel()
+    for i, image in enumerate(images):
+        top, left = pad + i//ncols*(3 + pad), pad + i % ncols*(2 + pad)
+        assert grid[:, top:top+3, left:left+2].equal(image)
+
+
+def test_grid_equals_torchvision():
+    images = noise(6, 3, 4, 4)
+    assert make_grid(images, 3, fill=0.5).equal(reference_grid(images, nrow=3, padding=2, pad_value=0.5))
+
+
+@pytest.mark.parametrize('images, options', [
+    (torch.zeros(1, 2, 2), {}), (torch.zeros(0, 1, 2, 2), {}), (torch.zeros(1, 1, 2, 2), {'ncols': 0}),
+    (torch.zeros(1, 1, 2, 2), {'pad': -1})])
+def test_grid_refuses(images, options):
+    with pytest.raises(ValueError, match='got'): make_grid(images, **options)
+
+
+def test_false_colours():
+    z = noise(2, 4, 3, 5)
+    rgb = latents_to_rgb(z)
+    assert rgb.shape == (2, 3, 3, 5) and rgb.abs().max() <= 1
+    for channel in range(4):  # each channel changes the picture
+        assert not latents_to_rgb(z + 0.1*torch.eye(4)[channel][:, None, None]).equal(rgb)
+    with pytest.raises(ValueError, match='got shape'): latents_to_rgb(torch.zeros(1, 3, 2, 2))
+
+
+def test_figures():
+    import matplotlib.pyplot as plt
+    fig = show_images(noise(5, 1, 4, 4), titles='abcde', ncols=3, suptitle='all')
+    assert len(fig.axes) == 5 and [ax.get_title() for ax in fig.axes] == list('abcde')
+    assert all(len(ax.get_xticks()) == 0 for ax in fig.axes)
+    assert len(show_images(noise(3, 4, 4)).axes) == 1
+    assert len(show_images([noise(1, 4, 4), noise(3, 2, 6)]).axes) == 2
+    assert len(show_latents(noise(2, 4, 3, 3)).axes) == 10
+    assert show_images(noise(1, 1, 2, 2), cmap='RdBu_r', vmin=-3, vmax=3).axes[0].images[0].get_clim() == (-3, 3)
+    for bad in ({'images': []}, {'images': noise(2, 1, 2, 2), 'titles': ['one']}, {'images': noise(1, 4, 2, 2)}):
+        with pytest.raises(ValueError, match='got'): show_images(**bad)
+    plt.close('all')
+
+
+def test_colours_can_be_told_apart():
+    assert {'x0', 'xt', 'eps', 'other'} <= set(COLORS) and len(set(COLORS.values())) == len(COLORS)
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.jpeg', '.webp', '.PNG'])
+def test_save_image(tmp_path, suffix):
+    path = save_image(noise(5, 3, 6, 6), tmp_path/f'sheet{suffix}', scale=2)
+    with Image.open(path) as picture: assert picture.size == (2*(3*6 + 4*2), 2*(2*6 + 3*2))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_saved_png_is_exact(tmp_path):
+    image = to_tensor(np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8))
+    with Image.open(save_image(image, str(tmp_path/'a.png'))) as picture: assert to_tensor(picture).equal(image)
+
+
+@pytest.mark.parametrize('name', ['a.tiff', 'a', 'a.gif', 'no/folder/a.png', 'folder.png', 'file/a.png'])
+def test_save_image_refuses(tmp_path, name):
+    (tmp_path/'folder.png').mkdir()
+    (tmp_path/'file').write_text('not a folder')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError, match='cannot write'): save_image(noise(1, 4, 4), tmp_path/name)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('scale', [0, -1, 1.5, '2'])
+def test_scale(tmp_path, scale):
+    with pytest.raises(ValueError, match='scale'): save_image(noise(1, 4, 4), tmp_path/'a.png', scale=scale)
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = save_image(noise(1, 4, 4), tmp_path/'a.png')
+    old = path.read_bytes()
+    def half(self, file, **kwargs):
+        with open(file, 'wb') as f: f.write(b'half')
+        raise error
+    monkeypatch.setattr(Image.Image, 'save', half)
+    with pytest.raises(ValueError if isinstance(error, OSError) else KeyboardInterrupt):
+        save_image(noise(1, 4, 4, seed=1), path)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+
+def test_atomic_path_gives_ordinary_permissions(tmp_path):
+    (tmp_path/'plain').write_text('x')
+    with atomic_path(tmp_path/'private') as temporary:
+        temporary.write_text('y')
+        temporary.chmod(0o600)  # as some writers do
+    assert (tmp_path/'private').stat().st_mode == (tmp_path/'plain').stat().st_mode
+
+
+@settings(max_examples=20)
+@given(n=st.integers(2, 5), fps=st.integers(1, 50), hold=st.floats(0, 3))
+def test_gif(n, fps, hold):
+    frames = [to_tensor(np.full((3, 4), 40*i, np.uint8)) for i in range(n)]
+    data = animate(frames, fps, hold=hold).data
+    with Image.open(io.BytesIO(data)) as film:
+        assert film.n_frames == n and film.size == (4, 3) and film.info['loop'] == 0
+        for i in range(n):
+            film.seek(i)
+            assert (np.asarray(film.convert('L')) == 40*i).all()  # greys are exact
+            expected = 1000/fps if i < n - 1 else 1000*max(hold, 1/fps)
+            assert abs(film.info['duration'] - expected) <= 10  # hundredths of a second
+
+
+def test_save_gif(tmp_path):
+    path = save_gif((noise(4, 3, 5, 5, seed=i) for i in range(3)), tmp_path/'a.gif', fps=5, scale=2)
+    with Image.open(path) as film: assert film.n_frames == 3 and film.size == (32, 32)
+    assert [p.name for p in tmp_path.iterdir()] == ['a.gif']
+
+
+@pytest.mark.parametrize('bad', [
+    {'fps': 0}, {'fps': 51}, {'fps': float('nan')}, {'hold': -1}, {'scale': 0}, {'frames': []}, {'path': 'a.png'},
+    {'path': 'no/a.gif'}, {'frames': [torch.zeros(1, 2, 2), torch.zeros(3, 2, 2)]},
+    {'frames': [torch.zeros(1, 2, 2), torch.zeros(1, 2, 3)]}])
+def test_save_gif_refuses(tmp_path, bad):
+    options = {'frames': [torch.zeros(1, 2, 2)], **bad, 'path': tmp_path/bad.get('path', 'a.gif')}
+    with pytest.raises(ValueError): save_gif(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_is_light():
+    heavy = ['fastai', 'diffusers', 'transformers', 'matplotlib', 'ipywidgets', 'IPython']
+    code = f'import sys, {module.__name__}; print([m for m in {heavy} if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
