@@ -31,3 +31,15 @@ def source(root, tmp_path_factory):
             (copy/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root/name, copy/name)
     return copy
+
+
+def devices():
+    "The kinds of device that this machine has"
+    import torch
+    return ['cpu'] + ['cuda']*torch.cuda.is_available() + ['mps']*torch.backends.mps.is_available()
+
+
+@pytest.fixture(params=devices())
+def device(request):
+    "Each device in turn"
+    return request.param

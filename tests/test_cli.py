@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,7 +132,7 @@ def test_unknown_weights(terminal):
     assert all(name in terminal('synthesize', '7', '--weights', 'unicorn')[2] for name in model.shipped())
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 def test_dtype(terminal, dtype):
     assert terminal('synthesize', '7', '--n', 1, '--steps', 1, '--dtype', dtype)[0] == 0
 
@@ -265,6 +266,17 @@ def test_failures(terminal, monkeypatch, error, code, said):
     got, out, err = terminal('synthesize', '-o', 'a.png', '--gif')
     assert got == code and not out and said in err and 'Traceback' not in err
     assert left() == ['a.png'] and Path('a.png').read_text() == 'old'
+
+
+def test_interrupted(tmp_path):
+    command = [Path(sys.executable).parent/'sdcourse', 'synthesize', '7', '--steps', '10000', '--n', '1', '--gif']
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = process.stderr.read(1)  # the progress bar
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    said = (said + err).decode()
+    assert process.returncode == 130 and not out and 'interrupted' in said and 'Traceback' not in said, said
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('spoil', [lambda b: b[:100], lambda b: b[:-8], lambda b: b[:-8] + b'tampered', lambda b: b''],

@@ -111,6 +111,11 @@ def test_every_image_has_alternative_text(pages):
     for name, img in images: assert len(img.get('alt', '').strip()) > 3, f'{name}: {str(img)[:80]}'
 
 
+def test_names_in_lessons_link_to_their_signatures(pages):
+    links = pages['images.html'].select('main a[href="api/images.html#make_grid"]')
+    assert links and pages['api/images.html'].find(id='make_grid')
+
+
 def test_one_configuration(root):
     command = 'git ls-files --cached --others --exclude-standard *_quarto.yml *_metadata.yml'
     assert subprocess.run(command.split(), cwd=root, capture_output=True, text=True).stdout.split() == ['_quarto.yml']
@@ -135,7 +140,7 @@ GIF = 'R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7'
 WIDGET = 'application__vnd.jupyter.widget-view+json'
 GOOD = [
     cell('raw', '---\ntitle: Second\nskip_showdoc: true\n---'),
-    cell('markdown', r'Links: [home](index.ipynb), [here](#part). $a_t$ and `$b$`.' '\n\n'
+    cell('markdown', r'Links: [home](index.ipynb), [here](#part), [licence](../LICENSE). $a_t$ and `$b$`.' '\n\n'
                      r'$$\begin{aligned} x &= \left(\frac{1}{2}\right) \\ &= \mathbb{E}[\lVert\bar{y}\rVert]'
                      r'\end{aligned} \tag{1}$$' '\n\n## Part'),
     cell('code', '#| fig-alt: ["first", "second"]\n#| fig-cap: "It is $z^2$."\nf()',
@@ -173,6 +178,7 @@ def project(tmp_path_factory):
     (folder/'nbs').mkdir()
     (folder/'pyproject.toml').write_text('[project]\nname = "small"\n[tool.nbdev]\nlib_path = "small"\n')
     (folder/'_quarto.yml').write_text(yaml.dump(CONFIG))
+    (folder/'LICENSE').write_text('Do what you like.')
     write(folder, index=[cell('raw', '---\ntitle: Home\n---'), cell('markdown', '[next](02_second.ipynb#part)')],
           **{'02_second': GOOD})
     return folder
@@ -213,6 +219,7 @@ def test_callout_over_cells_is_one_details(second):
 def test_links_lead_to_the_page_names_of_nbdev(project, second):
     home = (project/'_docs/index.html').read_text(encoding='utf-8')
     assert 'href="second.html#part"' in home and '02_second' not in home
+    assert second.find('a', href='LICENSE.txt') and (project/'_docs/LICENSE.txt').read_text() == 'Do what you like.'
     found = json.loads((project/'_docs/search.json').read_text(encoding='utf-8'))
     assert {e['href'].split('#')[0] for e in found} == {'index.html', 'second.html'}
 
@@ -332,14 +339,25 @@ def open_page(chromium, address):
     assert not faults
 
 
+# what reaches over the window's right edge and is in no box that scrolls: the page's own grid would cut it off
+CUT_OFF = '''[...document.querySelectorAll('main *')].filter(o => {
+  if (o.getBoundingClientRect().right <= innerWidth + 1) return false
+  for (let box = o.parentElement; box.tagName != 'MAIN'; box = box.parentElement)
+    if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return false
+  return true
+}).map(o => o.outerHTML.slice(0, 100))'''
+
+
 @pytest.mark.parametrize('width', [1280, 390])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_no_page_scrolls_sideways_or_logs_an_error(open_page, address, order, width, scheme):
+def test_nothing_is_too_wide_or_logs_an_error(open_page, address, order, width, scheme):
     page = open_page('index.html', width, scheme)
     for name in order:
         page.goto(address + name)
         wide = page.evaluate('document.documentElement.scrollWidth')
         assert wide <= width, f'{name}: {wide} pixels'
+        cut_off = page.evaluate(CUT_OFF)
+        assert not cut_off, f'{name}: {cut_off}'
         broken = page.evaluate('[...document.images].filter(o => o.complete && !o.naturalWidth).map(o => o.alt)')
         assert not broken, f'{name}: {broken}'
         colour = page.evaluate('getComputedStyle(document.body).backgroundColor')

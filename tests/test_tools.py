@@ -23,7 +23,8 @@ def outputs(path):
     return [''.join(o.text for o in c.outputs) for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
 
 
-SOURCES = ['a = 20 + 1', 'print(2*a)', '#| slow\nprint("slow")', '#| eval: false\nprint("never")']
+SLEEPY = 'import time\nprint(4, end="", flush=True)\ntime.sleep(.5)\nprint(2)'
+SOURCES = ['a = 20 + 1', SLEEPY, '#| slow\nprint("slow")', '#| eval: false\nprint("never")']
 
 
 @pytest.mark.parametrize('words, slow', [([], 'saved long ago\n'), (['--slow'], 'slow\n')], ids=['quick', 'slow'])
@@ -31,6 +32,7 @@ def test_execute(tmp_path, capsys, words, slow):
     path = made(tmp_path, *SOURCES)
     assert execute.main([str(path), *words]) == 0
     assert outputs(path) == ['', '42\n', slow, 'saved long ago\n']
+    assert [len(c.get('outputs', [])) for c in nbformat.read(path, 4).cells] == [0, 0, 1, 1, 1]  # streams are joined
     assert 'made.ipynb' in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ['made.ipynb']
 
 

@@ -31,7 +31,7 @@ def execute(notebook, folder, slow=False, timeout=3600):
     run = copy.deepcopy(notebook)
     keep = [i for i, cell in enumerate(run.cells) if cell.cell_type == 'code' and not skipped(cell, slow)]
     run.cells = [run.cells[i] for i in keep]
-    NotebookClient(run, timeout=timeout, kernel_name='python3', record_timing=False,
+    NotebookClient(run, timeout=timeout, kernel_name='python3', record_timing=False, coalesce_streams=True,
                    extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(folder)}}).execute()
     for i, cell in zip(keep, run.cells):
         done.cells[i]['outputs'], done.cells[i]['execution_count'] = cell.outputs, cell.execution_count

@@ -123,6 +123,16 @@ def api_links(source: str, notebook: Path, proc: Path) -> str:
     return re.sub(r'\[(`[^`]+`)\]\(/(\w+)\.html#([\w.]+)\)', link, source)
 
 
+def project_files(source: str, proc: Path) -> str:
+    "Copy the project's own files that a page links to, such as ../LICENSE, into the site as plain text."
+    def link(m):
+        file = proc.parent/m[1]
+        if not file.is_file(): return m[0]
+        shutil.copy(file, proc/f'{file.stem}.txt')
+        return f']({file.stem}.txt)'
+    return re.sub(r'\]\(\.\./([\w-]+(?:\.\w+)?)\)', link, source)
+
+
 def prepare_notebook(path: Path, proc: Path):
     "Rewrite one processed notebook so that quarto and smalldocs show the same."
     nb = read_nb(path)
@@ -130,8 +140,10 @@ def prepare_notebook(path: Path, proc: Path):
     heading = next((c for c in nb.cells if c.cell_type == 'markdown' and c.source.startswith('# ')), None)
     if heading and nb_frontmatter(nb).get('title'):  # the page's title says it already
         heading.source = heading.source.partition('\n')[2].lstrip()
+    nb.cells = [c for c in nb.cells if 'from nbdev.showdoc import' not in c.source]  # what an API page is made with
     for cell in nb.cells:
         if cell.cell_type == 'markdown': cell.source = api_links(cell.source, path, proc)
+        if cell.cell_type == 'markdown' and path.parent == proc: cell.source = project_files(cell.source, proc)
         if cell.cell_type != 'code': continue
         shown, n = [], 0
         for out in merge_streams(cell.outputs):
@@ -216,7 +228,7 @@ def finish_page(path: Path):
         span.append(mathml)
     for name, attr in LOADED.items():
         for tag in soup.find_all(name, {attr: CDN}): tag.decompose()
-    for tag in soup.find_all('script', string=re.compile(r"^\s*define\('jquery'")): tag.decompose()  # quarto's, for require.js
+    for tag in soup.find_all('script', string=re.compile(r"^\s*define\('jquery'")): tag.decompose()  # for require.js
     for box in soup.select('div.callout:has(> .callout-header[data-bs-toggle])'): fold(soup, box)
     for table in soup.select('main table'):
         if not table.find_parent(class_='sd-table'): table.wrap(soup.new_tag('div', attrs={'class': 'sd-table'}))
@@ -261,7 +273,8 @@ TEX = re.compile(r'\$\$|\\[(\[]|\\[A-Za-z]{2,}')
 def check_page(path: Path, soup: BeautifulSoup, ids: dict, out: Path) -> list[str]:
     "What is wrong with one page; `ids` has the anchors of every page."
     faults = []
-    if len(soup.select('main h1')) != 1: faults.append(f'{len(soup.select("main h1"))} headings of level 1, expected one')
+    titles = len(soup.select('main h1'))
+    if titles != 1: faults.append(f'{titles} headings of level 1, expected one')
     for n, img in enumerate(soup.find_all('img'), 1):
         if not img.get('alt', '').strip():
             faults.append(f'image {n} has no alternative text: {img.get("src", "")[:60]}')
