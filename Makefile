@@ -17,7 +17,7 @@ WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: all install dev test check browser notebooks site lessons execute constraints clean distclean help
+.PHONY: all install dev test check browser notebooks site benchmark lessons execute constraints clean distclean help
 
 all: install
 	@$(BIN)/sdcourse synthesize -o $(OUTPUT)
@@ -28,6 +28,7 @@ help:
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
 	@echo 'make site         build the documentation into _docs/'
+	@echo 'make benchmark    what the lessons cost on this machine'
 	@echo 'make execute      run every notebook from a fresh kernel and save the outputs'
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'
 	@echo 'make constraints  write the installed versions down in constraints.txt'
@@ -75,6 +76,9 @@ browser: dev
 test: check browser notebooks site
 	@echo '== everything that spans modules'
 	@chromium=$$($(RUN) tools/chromium.py) && $(WITHIN) CHROMIUM="$$chromium" python -m pytest
+
+benchmark: dev
+	@$(WITHIN) python benchmarks/gradients.py
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs

@@ -5,7 +5,7 @@ __all__ = ['PICTURES', 'Parser', 'one_line', 'number', 'whole', 'digits', 'check
            'recording', 'synthesize', 'train', 'show_facts', 'lessons_folder', 'front_matter', 'find_lessons',
            'copy_lessons', 'lessons', 'info', 'add_synthesize', 'add_device', 'add_train', 'make_parser', 'main']
 
-# %% ../nbs/99_cli.ipynb #7aba16cb
+# %% ../nbs/99_cli.ipynb #e21ee75c
 import argparse
 import inspect
 import json
@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -143,7 +144,7 @@ def synthesize(
     print(f'{" and ".join(map(str, outputs))}: {len(images)} digits in {time.perf_counter() - start:.1f} s '
           f'on {device}; --seed {seed} draws the same again')
 
-# %% ../nbs/99_cli.ipynb #eeeed6fa
+# %% ../nbs/99_cli.ipynb #d6dab66f
 def train(
     args,  # model, output, noise, epochs, seed, device
 ):
@@ -151,18 +152,20 @@ def train(
     check_writable(args.output, 'folder')
     device = check_device(args.device)
     from sdcourse.gradients import train_classifier
+    warnings.filterwarnings('ignore', message='.*torch.jit.script')  # fastai's import sets it off
     given = {k: v for k, v in vars(args).items() if k in ('noise', 'epochs', 'seed') and v is not None}
     start = time.perf_counter()
     manifest = train_classifier(args.output, device=device, **given)
     show_facts(manifest)
-    print(f'{args.output}: trained in {time.perf_counter() - start:.0f} s')
+    print(f'{args.output}: trained in {time.perf_counter() - start:.0f} s; '
+          f'sdcourse synthesize --weights {args.output} draws with it')
 
 def show_facts(
     manifest: dict,  # what `read_manifest` gives
 ):
     "Print the facts of a manifest, one a line"
     for name, value in manifest.items():
-        if name != 'files': print(f'  {name:<20} {value if isinstance(value, str) else json.dumps(value)}')
+        if name != 'files': print(f'  {name:<25} {value if isinstance(value, str) else json.dumps(value)}')
 
 # %% ../nbs/99_cli.ipynb #6ed1809a
 def lessons_folder() -> Path:  # holds the notebooks
@@ -261,15 +264,15 @@ def add_device(
     "The word for the device"
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, mps (default: the fastest that is here)')
 
-# %% ../nbs/99_cli.ipynb #5099770e
+# %% ../nbs/99_cli.ipynb #a9477166
 def add_train(
     commands,  # what `add_subparsers` gave
 ):
     "The words of `sdcourse train`"
     p = commands.add_parser('train', help='train a model of the course', description=train.__doc__)
     p.add_argument('model', choices=['classifier'], help='what to train')
-    p.add_argument('-o', '--output', type=Path, default=Path('classifier'), metavar='FOLDER',
-                   help='a new folder for config, weights and manifest (default: classifier)')
+    p.add_argument('-o', '--output', type=Path, default=Path('my_classifier'), metavar='FOLDER',
+                   help='a new folder for config, weights and manifest (default: my_classifier)')
     p.add_argument('--noise', type=number(0, 10), metavar='SIGMA', help='most noise laid over a picture (default: 0)')
     p.add_argument('--epochs', type=whole(1, 1000), metavar='N', help='passes over the training pictures')
     p.add_argument('--seed', type=whole(0, 2**32 - 1), metavar='N', help='same seed, same training')

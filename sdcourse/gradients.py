@@ -145,13 +145,13 @@ def _test(model, noise):
         model, images + torch.randn(images.shape, generator=generator), labels)
     return facts
 
-# %% ../nbs/02_gradients.ipynb #eb02bc09
+# %% ../nbs/02_gradients.ipynb #1272258c
 def train_classifier(
     output:str|Path, # the folder for the weights and their manifest; made if it is not there
     noise:float=0., # most noise added to a picture: 0 for a plain classifier, 1.5 for one that reads through noise
     epochs:int=6, # how many times the 55,000 training digits are shown, at least 1
     bs:int=256, # digits in a batch
-    lr:float=4e-3, # the highest learning rate of the one-cycle schedule
+    lr:float=1e-2, # the highest learning rate of the one-cycle schedule
     seed:int=0, # of the weights, the order and the random changes
     device:torch.device|str|None=None, # None: a GPU if there is one
     progress:bool=True, # show fastai's bar and table
@@ -159,6 +159,8 @@ def train_classifier(
     "Train a `DigitClassifier` with fastai, and save it in half precision."
     if epochs < 1: raise ValueError(f'epochs must be at least 1, not {epochs}')
     if noise < 0: raise ValueError(f'noise must not be negative, it is {noise}')
+    try: Path(output).mkdir(parents=True, exist_ok=True)              # better now than after the training
+    except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
     start, device = time.perf_counter(), torch.device(device or default_device())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,7 +192,7 @@ def blur(
     weights = (-offsets**2/(2*sigma**2)).softmax(0)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), (weights[:, None]*weights)[None, None])
 
-# %% ../nbs/02_gradients.ipynb #72c89c50
+# %% ../nbs/02_gradients.ipynb #cb0de9ba
 @torch.no_grad()
 def follow_gradient(
     model:nn.Module, # a classifier
@@ -198,9 +200,9 @@ def follow_gradient(
     labels:Tensor, # what the pictures should become, 0 to 10, (b,)
     generator:torch.Generator, # source of randomness, on the CPU
     steps:int=100, # at least 1
-    reach:float=3., # how far a pixel may travel in all, as a root mean square
+    reach:float=4., # how far a pixel may travel in all, as a root mean square
     noise:float=1.5, # laid over the picture before the model looks at it, at the first step
-    shrink:float=.13, # what noise and step length have shrunk to at the last step, a factor above 0
+    shrink:float=.1, # what noise and step length have shrunk to at the last step, a factor above 0
     smooth:float=.7, # blur of the gradient in pixels; 0: none
     jitter:int=1, # the most that the picture is shifted before the model looks at it, in pixels
     on_step:Callable|None=None, # called with the number of the step and the pictures after it
@@ -216,7 +218,16 @@ def follow_gradient(
         if on_step: on_step(i, x)
     return x
 
-# %% ../nbs/02_gradients.ipynb #40cb2862
+# %% ../nbs/02_gradients.ipynb #b70beb6f
+def _check_labels(labels):
+    "The labels as a tensor; raises `ValueError` unless they are whole numbers from 0 to 9."
+    try: checked = torch.as_tensor(list(labels))
+    except (TypeError, ValueError, RuntimeError): checked = torch.empty(0)
+    whole = checked.ndim == 1 and len(checked) and not checked.is_floating_point()
+    if whole and 0 <= checked.min() <= checked.max() <= 9: return checked
+    raise ValueError(f'labels must be one or more whole numbers from 0 to 9, got {labels!r}')
+
+# %% ../nbs/02_gradients.ipynb #9b3c5d13
 def synthesize(
     labels:Sequence[int]|Tensor, # the digits to draw, one picture each, 0 to 9
     steps:int=100, # steps of the gradient, at least 1
@@ -227,11 +238,10 @@ def synthesize(
     weights:str|Path='noisy_classifier', # shipped weights or a folder made by `train_classifier`
 ) -> Tensor: # float32 in [-1, 1], (n,1,28,28), on the CPU
     "New handwritten digits, drawn by following a classifier's gradient. Raises `ValueError` for bad arguments."
-    labels = torch.as_tensor(list(labels))
-    if labels.is_floating_point() or labels.ndim != 1 or not len(labels) or not 0 <= labels.min() <= labels.max() <= 9:
-        raise ValueError(f'labels must be one or more whole numbers from 0 to 9, got {labels.tolist()}')
+    labels = _check_labels(labels)
     if steps < 1: raise ValueError(f'steps must be at least 1, not {steps}')
     device, generator = torch.device(device or default_device()), torch.Generator().manual_seed(seed)
     model = DigitClassifier.from_pretrained(weights, device=device, dtype=dtype)
-    x = (-0.6 + 0.3*torch.randn(len(labels), 1, 28, 28, generator=generator)).clamp(-1, 1)
-    return follow_gradient(model, x.to(model.device, dtype), labels.to(model.device), generator, steps, on_step=on_step).float().cpu()
+    x = (-0.9 + 0.2*torch.randn(len(labels), 1, 28, 28, generator=generator)).clamp(-1, 1)
+    x, labels = x.to(model.device, dtype), labels.to(model.device)
+    return follow_gradient(model, x, labels, generator, steps, on_step=on_step).float().cpu()

@@ -140,7 +140,7 @@ def test_blur_is_a_gaussian():
 # ---- drawing
 
 def test_the_seed_decides():
-    a, b, c = synthesize([3, 4], steps=4, seed=1), synthesize([3, 4], steps=4, seed=1), synthesize([3, 4], steps=4, seed=2)
+    a, b, c = (synthesize([3, 4], steps=4, seed=seed) for seed in (1, 1, 2))
     assert a.shape == (2, 1, 28, 28) and a.dtype == torch.float32 and a.device.type == 'cpu'
     assert torch.equal(a, b) and not torch.equal(a, c) and a.min() >= -1 and a.max() <= 1
 
@@ -226,6 +226,12 @@ def test_training_repeats(few, tmp_path):
 def test_wrong_training(tmp_path, wrong, said):
     with pytest.raises(ValueError, match=said): train_classifier(tmp_path/'made', **wrong)
     assert not (tmp_path/'made').exists()
+
+
+def test_unwritable_folder_is_seen_before_the_training(tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    with pytest.raises(ValueError, match='cannot write .*file'): train_classifier(tmp_path/'file')
+    assert (tmp_path/'file').read_text() == 'in the way'
 
 
 def test_shipped_weights_are_checked(tmp_path):
