@@ -192,11 +192,11 @@ def blur(
     weights = (-offsets**2/(2*sigma**2)).softmax(0)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), (weights[:, None]*weights)[None, None])
 
-# %% ../nbs/02_gradients.ipynb #cb0de9ba
+# %% ../nbs/02_gradients.ipynb #4af0cd10
 @torch.no_grad()
 def follow_gradient(
-    model:nn.Module, # a classifier
-    x:Tensor, # where to start, in [-1, 1], (b,1,28,28)
+    model:Model, # a classifier, in any precision
+    x:Tensor, # where to start, float32 in [-1, 1], (b,1,28,28)
     labels:Tensor, # what the pictures should become, 0 to 10, (b,)
     generator:torch.Generator, # source of randomness, on the CPU
     steps:int=100, # at least 1
@@ -211,7 +211,8 @@ def follow_gradient(
     for i, size in enumerate(shrink**torch.linspace(0, 1, steps)):
         shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
         seen = x.roll(shift, (2, 3)) + noise*size*torch.randn(x.shape, generator=generator).to(x)
-        with torch.enable_grad(): g = input_gradient(model, seen, labels).roll([-s for s in shift], (2, 3))
+        with torch.enable_grad(): g = input_gradient(model, seen.to(model.dtype), labels).float()
+        g = g.roll([-s for s in shift], (2, 3))
         if smooth: g = blur(g, smooth)
         length = g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
         x = (x + reach/steps*size*g/length).clamp(-1, 1)
@@ -227,13 +228,13 @@ def _check_labels(labels):
     if whole and 0 <= checked.min() <= checked.max() <= 9: return checked
     raise ValueError(f'labels must be one or more whole numbers from 0 to 9, got {labels!r}')
 
-# %% ../nbs/02_gradients.ipynb #9b3c5d13
+# %% ../nbs/02_gradients.ipynb #b5156c7a
 def synthesize(
     labels:Sequence[int]|Tensor, # the digits to draw, one picture each, 0 to 9
     steps:int=100, # steps of the gradient, at least 1
     seed:int=0, # the same seed draws the same digits
     device:torch.device|str|None=None, # None: a GPU if there is one
-    dtype:torch.dtype=torch.float32, # of the weights and pictures while computing
+    dtype:torch.dtype=torch.float32, # of the classifier; the pictures stay in float32
     on_step:Callable|None=None, # called with the number of the step (from 0) and the pictures after it
     weights:str|Path='noisy_classifier', # shipped weights or a folder made by `train_classifier`
 ) -> Tensor: # float32 in [-1, 1], (n,1,28,28), on the CPU
@@ -243,5 +244,5 @@ def synthesize(
     device, generator = torch.device(device or default_device()), torch.Generator().manual_seed(seed)
     model = DigitClassifier.from_pretrained(weights, device=device, dtype=dtype)
     x = (-0.9 + 0.2*torch.randn(len(labels), 1, 28, 28, generator=generator)).clamp(-1, 1)
-    x, labels = x.to(model.device, dtype), labels.to(model.device)
-    return follow_gradient(model, x, labels, generator, steps, on_step=on_step).float().cpu()
+    x, labels = x.to(model.device), labels.to(model.device)
+    return follow_gradient(model, x, labels, generator, steps, on_step=on_step).cpu()

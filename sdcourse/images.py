@@ -4,10 +4,12 @@
 __all__ = ['COLORS', 'to_pil', 'to_tensor', 'make_grid', 'show_images', 'latents_to_rgb', 'show_latents', 'atomic_path',
            'save_image', 'save_gif', 'animate']
 
-# %% ../nbs/00_images.ipynb #7b32cb5a
+# %% ../nbs/00_images.ipynb #7dfe8adf
 import io
 import math
+import operator
 import os
+import struct
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -67,38 +69,78 @@ def to_tensor(
         raise ValueError(f'pixels must have shape (h,w), (h,w,1) or (h,w,3), got {pixels.shape}')
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()/127.5 - 1
 
-# %% ../nbs/00_images.ipynb #33ced066
+# %% ../nbs/00_images.ipynb #93b6347e
+def _whole(
+    value: int,  # what a user passed
+    name: str,  # of the parameter, for the message
+    least: int,  # the smallest that is allowed
+) -> int:  # the same
+    "Raises `ValueError` for what is not a whole number from `least` on"
+    try: whole = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError: whole = least - 1
+    if whole < least: raise ValueError(f'{name} must be a whole number, at least {least}, got {value!r}')
+    return whole
+
+# %% ../nbs/00_images.ipynb #b33d7c58
 def make_grid(
     images: Tensor,  # (n,c,h,w)
     ncols: int | None = None,  # pictures in a row; None: as square as possible
     pad: int = 2,  # pixels between two pictures and around them all
     fill: float = -1.,  # value of the padding and of empty places
 ) -> Tensor:  # (c,H,W)
-    "One picture with all of `images` in rows and columns"
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f'expected (n,c,h,w) with n > 0, got shape {tuple(images.shape)}')
+    "One picture with all of `images` in rows and columns; raises `ValueError`"
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or not len(images):
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f'expected a float tensor (n,c,h,w) with n > 0, got {got}')
     n, c, h, w = images.shape
-    ncols = math.ceil(math.sqrt(n)) if ncols is None else ncols
-    if ncols < 1 or pad < 0: raise ValueError(f'ncols must be at least 1 and pad at least 0, got {ncols} and {pad}')
+    ncols = math.ceil(math.sqrt(n)) if ncols is None else _whole(ncols, 'ncols', 1)
+    pad = _whole(pad, 'pad', 0)
     grid = images.new_full((c, pad + math.ceil(n/ncols)*(h+pad), pad + ncols*(w+pad)), fill)
     for i, image in enumerate(images):
         top, left = pad + i//ncols*(h+pad), pad + i%ncols*(w+pad)
         grid[:, top:top+h, left:left+w] = image
     return grid
 
-# %% ../nbs/00_images.ipynb #d7d63fb3
+# %% ../nbs/00_images.ipynb #5246ff90
 def _draw_image(
     ax,  # the matplotlib axis to draw on
     image: Tensor,  # (c,h,w)
     cmap: str, vmin: float, vmax: float,  # colours of one-channel pictures, and the values of their two ends
 ):
     "Draw one picture, without ticks"
-    image = _check_images(image, ndim=(3,))
     if len(image) == 1: ax.imshow(image[0].numpy(), cmap=cmap, vmin=vmin, vmax=vmax, interpolation='nearest')
     else: ax.imshow(((image + 1)/2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[])
 
-# %% ../nbs/00_images.ipynb #d3844a67
+def _open_figure(
+    count: int, ncols: int,  # of pictures, and how many in a row
+    size: float,  # of one picture, in inches
+    titled: bool,  # whether to leave room for titles
+    suptitle: str | None,  # above them all
+):  # the figure, and `count` axes
+    "An empty figure with an axis for each picture"
+    import matplotlib.pyplot as plt
+    nrows = math.ceil(count/ncols)
+    height = (size + 0.25*titled)*nrows + 0.3*bool(suptitle)
+    fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols, height), squeeze=False, dpi=100, layout='constrained')
+    for ax in axes.flat[count:]: ax.remove()
+    if suptitle: fig.suptitle(suptitle, fontsize=11)
+    return fig, axes.flat[:count]
+
+# %% ../nbs/00_images.ipynb #2bd35916
+def _list_images(
+    images: Tensor | Sequence[Tensor],  # (n,c,h,w), (c,h,w), or a list of (c,h,w) of any sizes
+) -> list[Tensor]:  # of (c,h,w)
+    "Pictures one by one; raises `ValueError` for what is none"
+    if isinstance(images, Tensor):
+        images = _check_images(images)
+        return [images] if images.ndim == 3 else list(images)
+    if not isinstance(images, Sequence) or not images:
+        got = 'an empty list' if isinstance(images, Sequence) else type(images).__name__
+        raise ValueError(f'expected a tensor (n,c,h,w) or (c,h,w), or a list of (c,h,w), got {got}')
+    return [_check_images(image, ndim=(3,)) for image in images]
+
+# %% ../nbs/00_images.ipynb #b28c3c97
 def show_images(
     images: Tensor | Sequence[Tensor],  # (n,c,h,w), (c,h,w), or a list of (c,h,w) of any sizes
     titles: Sequence[str] | None = None,  # one above each picture
@@ -107,20 +149,16 @@ def show_images(
     size: float = 1.2,  # of one picture, in inches
     suptitle: str | None = None,  # above them all
 ):  # matplotlib Figure, one axis a picture
-    "Draw pictures side by side; end the cell with `;`"
-    import matplotlib.pyplot as plt
-    images = [images] if isinstance(images, Tensor) and images.ndim == 3 else list(images)
-    if not images or (titles is not None and len(titles) != len(images)):
-        raise ValueError(f'expected at least one picture and a title for each, got {len(images)} and titles={titles}')
-    ncols = min(len(images), ncols or 10)
-    nrows = math.ceil(len(images)/ncols)
-    height = (size + 0.25*(titles is not None))*nrows + 0.3*(suptitle is not None)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols, height), squeeze=False, dpi=100, layout='constrained')
-    for ax in axes.flat[len(images):]: ax.remove()
-    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
+    "Draw pictures side by side; end the cell with `;`. Raises `ValueError` before anything is drawn"
+    images, titles = _list_images(images), None if titles is None else list(titles)
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f'a title for each picture is needed: {len(images)} pictures, got {len(titles)} titles')
+    if not (vmin < vmax and size > 0): raise ValueError(f'need vmin < vmax and size > 0, got {vmin}, {vmax}, {size}')
+    ncols = min(len(images), 10 if ncols is None else _whole(ncols, 'ncols', 1))
+    fig, axes = _open_figure(len(images), ncols, size, titles is not None, suptitle)
+    for i, (ax, image) in enumerate(zip(axes, images, strict=True)):
         _draw_image(ax, image, cmap, vmin, vmax)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9)
-    if suptitle: fig.suptitle(suptitle, fontsize=11)
     return fig
 
 # %% ../nbs/00_images.ipynb #0bddd9ef
@@ -129,13 +167,14 @@ COLORS = {'x0': '#0072B2',     # the clean picture: blue
           'eps': '#D55E00',    # the noise: vermillion
           'other': '#555555'}  # anything else: grey
 
-# %% ../nbs/00_images.ipynb #692b3261
+# %% ../nbs/00_images.ipynb #04ddb208
 def latents_to_rgb(
     latents: Tensor,  # (n,4,h,w), of variance about 1
-    span: float = 3.,  # the value, in standard deviations, that becomes full colour
+    span: float = 3.,  # the value, in standard deviations, that becomes full colour; above 0
 ) -> Tensor:  # (n,3,h,w) in [-1,1]
     "False colours: the four channels pull towards white, red, green and blue, the corners of a regular tetrahedron"
     latents = _check_images(latents, ndim=(4,), channels=(4,))
+    if not span > 0: raise ValueError(f'span must be above 0, got {span}')
     corners = latents.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
     return (torch.einsum('nkhw,kc->nchw', latents, corners)/(2*span)).clamp(-1, 1)
 
@@ -170,19 +209,22 @@ def atomic_path(
     except OSError as e: raise ValueError(f'cannot write {path}: {e.strerror or e}') from e
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_images.ipynb #1a91bd7a
+# %% ../nbs/00_images.ipynb #7144fcbd
 def _enlarge(
     image: Tensor,  # (c,h,w), or (n,c,h,w) that is tiled first, in [-1,1]
     scale: int = 1,  # each pixel becomes a square of this side
 ) -> Image.Image:  # the picture, larger
     "A tensor as a picture with visible pixels"
-    if not isinstance(scale, int) or scale < 1: raise ValueError(f'scale must be an integer from 1 on, got {scale!r}')
-    image = _check_images(image)
+    scale, image = _whole(scale, 'scale', 1), _check_images(image)
     image = to_pil(make_grid(image) if image.ndim == 4 else image)
-    return image.resize((image.width*scale, image.height*scale), Image.Resampling.NEAREST)
+    try: return image.resize((image.width*scale, image.height*scale), Image.Resampling.NEAREST)
+    except (MemoryError, OverflowError, ValueError) as e:
+        raise ValueError(f'scale {scale} makes too large a picture of {image.width}×{image.height} pixels') from e
 
-# %% ../nbs/00_images.ipynb #fc97b594
-_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
+# %% ../nbs/00_images.ipynb #089c8d42
+_FORMATS = {'.png': {'format': 'PNG'}, '.jpg': {'format': 'JPEG'}, '.jpeg': {'format': 'JPEG'},
+            '.webp': {'format': 'WEBP', 'lossless': True}}
+_TOO_LARGE = OverflowError, struct.error, ValueError, OSError  # by Pillow, for what a format can't hold
 
 def _check_suffix(
     path: str | Path,  # where a picture is to be saved
@@ -193,7 +235,7 @@ def _check_suffix(
     if path.suffix.lower() in allowed: return path
     raise ValueError(f'cannot write {path}: the name must end in {", ".join(allowed)}, got {path.suffix!r}')
 
-# %% ../nbs/00_images.ipynb #723ce09c
+# %% ../nbs/00_images.ipynb #d8d00ddc
 def save_image(
     image: Tensor,  # (c,h,w), or (n,c,h,w) that is tiled, in [-1,1]
     path: str | Path,  # file in an existing folder: .png, .jpg, .jpeg, .webp
@@ -202,25 +244,42 @@ def save_image(
     "Save a picture, whole or not at all; raises `ValueError` for what cannot be written"
     path = _check_suffix(path, _FORMATS)
     picture = _enlarge(image, scale)
-    with atomic_path(path) as temporary: picture.save(temporary, format=_FORMATS[path.suffix.lower()])
+    with atomic_path(path) as temporary:
+        try: picture.save(temporary, **_FORMATS[path.suffix.lower()])
+        except _TOO_LARGE as e:
+            why = getattr(e, 'strerror', None) or f'{picture.width}×{picture.height} pixels, {e}'
+            raise ValueError(f'cannot write {path}: {why}') from e
     return path
 
-# %% ../nbs/00_images.ipynb #401d7f69
+# %% ../nbs/00_images.ipynb #ddf3ed28
+def _durations(
+    count: int,  # of frames
+    fps: float,  # frames a second, 1 to 50
+    hold: float,  # seconds that the last frame stays, 0 to 60
+) -> list[int]:  # milliseconds, whole hundredths of a second as a GIF holds them
+    "How long each frame stays; raises `ValueError`"
+    for name, value, least, most in (('fps', fps, 1, 50), ('hold', hold, 0, 60)):
+        if not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f'{name} must be a number from {least} to {most}, got {value!r}')
+    frame = 10*round(100/fps)
+    return [frame]*(count - 1) + [max(frame, 10*round(100*hold))]
+
+# %% ../nbs/00_images.ipynb #f8ea3d2d
 def _gif_bytes(
     frames: Iterable[Tensor],  # pictures of one size, (c,h,w) or (n,c,h,w) that is tiled, in [-1,1]
-    fps: float = 10,  # frames a second, above 0 and at most 50
+    fps: float = 10,  # frames a second, 1 to 50
     scale: int = 1,  # each pixel becomes a square of this side
-    hold: float = 1.,  # seconds that the last frame stays
+    hold: float = 1.,  # seconds that the last frame stays, 0 to 60
 ) -> bytes:  # the GIF file
     "An animation that repeats for ever, as a GIF file; raises `ValueError` for what cannot be one"
-    if not 0 < fps <= 50: raise ValueError(f'fps must be above 0 and at most 50, got {fps}')
-    if not 0 <= hold <= 600: raise ValueError(f'hold must be 0 to 600 seconds, got {hold}')
+    _durations(1, fps, hold)  # refuse before drawing
     pictures = [_enlarge(frame, scale) for frame in frames]
     kinds = {(p.size, p.mode) for p in pictures}
-    if len(kinds) != 1: raise ValueError(f'frames of one size are needed, at least one; got {sorted(kinds)}')
-    durations = [round(1000/fps)]*(len(pictures) - 1) + [round(1000*max(hold, 1/fps))]
+    if len(kinds) != 1: raise ValueError(f'frames of one size are needed, at least one; got {sorted(kinds) or "none"}')
+    options = {'save_all': True, 'append_images': pictures[1:], 'duration': _durations(len(pictures), fps, hold)}
     file = io.BytesIO()
-    pictures[0].save(file, format='GIF', save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    try: pictures[0].save(file, format='GIF', loop=0, **options)
+    except _TOO_LARGE as e: raise ValueError(f'frames of {pictures[0].size} pixels do not fit in a GIF: {e}') from e
     return file.getvalue()
 
 # %% ../nbs/00_images.ipynb #0174b6c2

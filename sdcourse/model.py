@@ -4,7 +4,7 @@
 __all__ = ['PRETRAINED', 'Config', 'Model', 'default_device', 'sha256', 'write_manifest', 'read_manifest', 'shipped',
            'find_pretrained']
 
-# %% ../nbs/00_model.ipynb #1c737d3b
+# %% ../nbs/00_model.ipynb #78037245
 import hashlib
 import inspect
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from importlib.resources import files
 from itertools import chain
+from os.path import exists, isdir  # unlike Path's, they take a name of any length
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from .images import atomic_path
 
-# %% ../nbs/00_model.ipynb #06e72381
+# %% ../nbs/00_model.ipynb #d82f4609
 def _freeze(
     value,  # an argument of a constructor
 ):  # the same, with tuples for lists and `Config`s for dicts
@@ -32,22 +33,25 @@ def _freeze(
     return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
 
 class Config(Mapping):
-    "A read-only mapping whose items are attributes too"
+    "A read-only mapping whose items are attributes too; `get`, `items`, `keys` and `values` are a mapping's methods"
     def __init__(self,
-        items: Mapping,  # names and values
-    ): object.__setattr__(self, '_items', {k: _freeze(v) for k, v in items.items()})
+        items: Mapping,  # names (strings) and values
+    ):
+        bad = [k for k in items if not isinstance(k, str)]
+        if bad: raise ValueError(f'the names in a config must be strings, got {", ".join(map(repr, bad))}')
+        object.__setattr__(self, '_items', {k: _freeze(v) for k, v in items.items()})  # our own __setattr__ refuses
     def __getitem__(self, key: str): return self._items[key]
     def __iter__(self) -> Iterator[str]: return iter(self._items)
     def __len__(self) -> int: return len(self._items)
     def __repr__(self) -> str: return f'Config({self._items})'
-    def __reduce__(self): return Config, (self._items,)  # copy and pickle
-    def __getattr__(self, key: str):
+    def __reduce__(self): return Config, (self._items,)  # copy and pickle build it again as Config(items)
+    def __getattr__(self, key: str):  # called only for names that are not found otherwise
         if not key.startswith('_') and key in self._items: return self._items[key]
-        raise AttributeError(f'no {key!r} in this config; it has {", ".join(self)}')
+        raise AttributeError(f'no {key!r} in this config; it has {", ".join(self) or "nothing"}')
     def __setattr__(self, key, value): raise AttributeError(f'a config is read-only: {key!r} needs a new model')
-    __delattr__ = lambda self, key: self.__setattr__(key, None)
+    def __delattr__(self, key): raise AttributeError(f'a config is read-only: {key!r} cannot be deleted')
 
-# %% ../nbs/00_model.ipynb #6c3807f0
+# %% ../nbs/00_model.ipynb #31509efb
 def _recording(
     init,  # the `__init__` of a model's class
 ):  # the same, which first notes its arguments in `self._config`
@@ -57,14 +61,15 @@ def _recording(
         raise TypeError(f'{init.__qualname__} must name each of its arguments: * and ** cannot be recorded')
     @wraps(init)
     def __init__(self, *args, **kwargs):
-        if '_config' not in self.__dict__:  # the outermost constructor runs first, and is the one to record
+        if not hasattr(self, '_config'):  # the outermost constructor runs first, and is the one to record
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.__dict__['_config'] = Config(dict(list(bound.arguments.items())[1:]))
+            _, *arguments = bound.arguments.items()  # all but self
+            self._config = Config(dict(arguments))
         init(self, *args, **kwargs)
     return __init__
 
-# %% ../nbs/00_model.ipynb #7a18f4b1
+# %% ../nbs/00_model.ipynb #1bd65f1d
 class Model(nn.Module):
     "A module that records how it was built, and saves and loads itself as diffusers does"
     config_name, weights_name = 'config.json', 'diffusion_pytorch_model.safetensors'
@@ -75,7 +80,7 @@ class Model(nn.Module):
     @property
     def config(self) -> Config:
         "All the arguments of the constructor, defaults too"
-        return self.__dict__.get('_config', Config({}))
+        return getattr(self, '_config', Config({}))  # a class without a constructor of its own has none
     @property
     def device(self) -> torch.device:
         "Where the weights are"
@@ -92,21 +97,22 @@ def default_device() -> torch.device:  # 'cuda', 'mps' or 'cpu'
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/00_model.ipynb #145cd0fc
+# %% ../nbs/00_model.ipynb #d8aacffa
 @patch(cls_method=True)
 def from_config(cls: Model,
     config: Mapping,  # arguments by name; names that start with _ are notes, `_class_name` must be this class's
 ) -> Model:  # new, with random weights
     "Build a model from a config; raises `ValueError` for one that does not fit the class"
+    if not isinstance(config, Mapping): raise ValueError(f'a config is a mapping, got {type(config).__name__}')
     name = config.get('_class_name', cls.__name__)
     if name != cls.__name__: raise ValueError(f'this is the config of a {name}, not of a {cls.__name__}')
     config = {k: v for k, v in _freeze(config).items() if not k.startswith('_')}
     allowed = inspect.signature(cls).parameters
     unknown = [k for k in config if k not in allowed]
     missing = [k for k, p in allowed.items() if p.default is p.empty and k not in config]
-    if unknown or missing:
-        raise ValueError(f'the config does not fit {cls.__name__}: unknown {unknown}, missing {missing}; '
-                         f'its arguments are {", ".join(allowed) or "none"}')
+    faults = [f'{what} {", ".join(names)}' for what, names in (('unknown', unknown), ('missing', missing)) if names]
+    if faults: raise ValueError(f'the config does not fit {cls.__name__}: {"; ".join(faults)}; '
+                                f'its arguments are {", ".join(allowed) or "none"}')
     try: return cls(**config)
     except Exception as e:  # whatever it says to values that it cannot use
         raise ValueError(f'{cls.__name__} cannot be built from its config {config}: {e}') from e
@@ -145,7 +151,7 @@ def _as_json(
     try: return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=dict) + '\n'
     except (TypeError, ValueError) as e: raise ValueError(f'{what} cannot be saved as JSON: {e}') from e
 
-# %% ../nbs/00_model.ipynb #b98cf923
+# %% ../nbs/00_model.ipynb #479eec85
 def _check_dtype(
     dtype: torch.dtype | None,  # what a user asks for
 ) -> torch.dtype | None:  # the same
@@ -153,24 +159,41 @@ def _check_dtype(
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point): return dtype
     raise ValueError(f'dtype must be a floating type such as torch.float32 or torch.float16, or None, got {dtype!r}')
 
+def _make_folder(
+    folder: Path,  # to be made, with the folders above it
+):
+    "Raises `ValueError` if it can't be made"
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e: raise ValueError(f'cannot write {folder}: it is a file, not a folder') from e
+    except OSError as e: raise ValueError(f'cannot write {folder}: {e.strerror}') from e
+
+def _remove(
+    path: Path,  # a file that may be there
+):
+    "Raises `ValueError` if it is there and can't be removed"
+    try: path.unlink(missing_ok=True)
+    except OSError as e: raise ValueError(f'cannot remove {path}: {e.strerror}') from e
+
+# %% ../nbs/00_model.ipynb #9b4b9f27
 @patch
 def save_pretrained(self: Model,
     folder: str | Path,  # made if it is not there; what it holds of a former model is replaced
     dtype: torch.dtype | None = None,  # of the floating weights in the file; None: as they are
 ) -> Path:  # `folder`
-    "Save config and weights, both or none of them; raises `ValueError` for what cannot be written"
+    "Save config and weights; never leaves a mixture of two models. Raises `ValueError` for what cannot be written"
     folder, weights = Path(folder), _own_tensors(self.state_dict(), _check_dtype(dtype))
     text = _as_json({'_class_name': type(self).__name__, **self.config}, f'the config of {type(self).__name__}')
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f'cannot write {folder}: {e.strerror}') from e
-    with atomic_path(folder/self.config_name) as config, atomic_path(folder/self.weights_name) as data:
+    _make_folder(folder)
+    with atomic_path(folder/self.config_name) as config:
         config.write_text(text, encoding='utf-8')
-        try: save_file(weights, data, metadata={'format': 'pt'})
-        except SafetensorError as e: raise OSError(str(e)) from e
-        (folder/'manifest.json').unlink(missing_ok=True)  # it spoke of other weights
+        with atomic_path(folder/self.weights_name) as data:
+            try: save_file(weights, data, metadata={'format': 'pt'})
+            except SafetensorError as e: raise OSError(str(e)) from e
+            _remove(folder/self.config_name)  # from here on, until the new one is in place, nobody can load a mixture
+    _remove(folder/'manifest.json')  # it speaks of other weights
     return folder
 
-# %% ../nbs/00_model.ipynb #b7342434
+# %% ../nbs/00_model.ipynb #2911e22e
 def sha256(
     path: Path,  # a file
 ) -> str:  # 64 hexadecimal digits
@@ -181,17 +204,17 @@ def write_manifest(
     folder: str | Path,  # holds *.safetensors
     **facts,  # what is worth knowing of them: seed, steps, seconds, accuracy, …
 ) -> dict:  # what was written
-    "Write manifest.json: the facts, and the sha256 of every safetensors file"
+    "Write manifest.json: the facts, and the sha256 of every safetensors file; raises `ValueError`"
+    if 'files' in facts: raise ValueError(f"no fact may be called 'files': the sha256s stand there; got {list(facts)}")
     folder = Path(folder)
     hashes = {path.name: sha256(path) for path in sorted(folder.glob('*.safetensors'))}
-    if not hashes or 'files' in facts:
-        raise ValueError(f'{folder} must hold *.safetensors, and no fact may be called files; got {list(facts)}')
+    if not hashes: raise ValueError(f'{folder} must hold *.safetensors, and holds none')
     manifest = {**facts, 'files': hashes}
     text = _as_json(manifest, 'the manifest')
     with atomic_path(folder/'manifest.json') as temporary: temporary.write_text(text, encoding='utf-8')
     return manifest
 
-# %% ../nbs/00_model.ipynb #bebf028c
+# %% ../nbs/00_model.ipynb #f8e84b6d
 def read_manifest(
     folder: str | Path,  # holds manifest.json
 ) -> dict:  # facts, and 'files': the sha256 of each file
@@ -203,9 +226,13 @@ def read_manifest(
 def _check_sha256(
     path: Path,  # a file, perhaps with a manifest.json beside it
 ):
-    "Raises `ValueError` if the manifest beside `path` gives another sha256, or none"
+    "Raises `ValueError` if there is a manifest beside `path` and it gives another sha256, or none"
     if not (path.parent/'manifest.json').exists(): return
-    expected, found = read_manifest(path.parent)['files'].get(path.name), sha256(path)
+    files = read_manifest(path.parent)['files']
+    if path.name not in files:
+        listed = ', '.join(files) or 'nothing'
+        raise ValueError(f"{path.parent/'manifest.json'} says nothing of {path.name}; it lists {listed}")
+    expected, found = files[path.name], sha256(path)
     if found != expected:
         raise ValueError(f'{path} was changed or damaged: its sha256 is {found}, its manifest says {expected}')
 
@@ -216,14 +243,14 @@ def shipped() -> list[str]:  # such as 'classifier'
     "The names of the weights that come with the package"
     return sorted(path.parent.relative_to(PRETRAINED).as_posix() for path in PRETRAINED.rglob('config.json'))
 
-# %% ../nbs/00_model.ipynb #87bef2a0
+# %% ../nbs/00_model.ipynb #4e4b3985
 def _is_hub_name(
     name: str,  # what a user passed
 ) -> bool:  # whether to ask the hub for it
     "Only 'owner/name' is: no path, no folder that is here, nothing that looks like shipped weights"
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', name, re.ASCII): return False
     owner = name.split('/')[0]
-    return not Path(owner).exists() and all(s.split('/')[0] != owner for s in shipped())
+    return not exists(owner) and all(s.split('/')[0] != owner for s in shipped())
 
 def _fetch(
     name: str,  # 'owner/name' on the hub
@@ -235,35 +262,44 @@ def _fetch(
     except (OSError, RuntimeError, ValueError) as e:
         raise ValueError(f'cannot get {name!r} from the hub: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/00_model.ipynb #69f8dd10
+# %% ../nbs/00_model.ipynb #990597e7
 def find_pretrained(
     name_or_path: str | Path,  # shipped weights, a folder, or 'owner/name' on the hub
     subfolder: str | None = None,  # a folder inside it
     names: Iterable[str] = ('config.json', 'diffusion_pytorch_model.safetensors', 'manifest.json'),  # asked of the hub
-) -> Path:  # the folder
+) -> Path:  # an existing folder
     "Where the weights are; shipped names go first, so write './classifier' for a folder of yours. Raises `ValueError`"
     name = str(name_or_path)
     if isinstance(name_or_path, str) and any(s == name or s.startswith(f'{name}/') for s in shipped()):
         folder = PRETRAINED/name
-    elif name and Path(name).is_dir(): folder = Path(name)
+    elif name and isdir(name): folder = Path(name)
+    elif name and exists(name): raise ValueError(f'{name!r} is a file, not a folder: name the folder that holds it')
     elif isinstance(name_or_path, str) and _is_hub_name(name):
         folder = _fetch(name, [f'{subfolder}/{n}' if subfolder else n for n in names])
     else:
         raise ValueError(f"unknown weights {name!r}: neither a folder, nor 'owner/name' on the hub, nor shipped; "
                          f'shipped are: {", ".join(shipped()) or "none"}')
-    folder = folder/subfolder if subfolder else folder
-    if folder.is_dir(): return folder
+    folder = folder/str(subfolder) if subfolder else folder
+    if isdir(folder): return folder
     raise ValueError(f'no subfolder {subfolder!r} in {name!r}')
 
-# %% ../nbs/00_model.ipynb #521f74bd
+# %% ../nbs/00_model.ipynb #68618b9c
+def _refuse_missing(
+    path: Path,  # a safetensors file that is not there
+):
+    "Raises `ValueError` that says what is there instead"
+    names = sorted(p.name for p in path.parent.iterdir())
+    pickles = [n for n in names if n.endswith(('.bin', '.ckpt', '.pt', '.pth', '.pkl'))]
+    indices = [n for n in names if n.endswith('.safetensors.index.json')]
+    why = f'; {", ".join(pickles)} refused: loading a pickle can run any code' if pickles else ''
+    if indices: why = f'; {", ".join(indices)} says that the weights are split into several files: save them as one'
+    raise ValueError(f'no {path.name} in {path.parent}{why}; only one whole safetensors file is read')
+
 def _read_weights(
     path: Path,  # a safetensors file
 ) -> dict[str, Tensor]:  # by name, on the CPU
     "Read weights; raises `ValueError` for a file that is missing, damaged, or not what its manifest says"
-    if not path.is_file():
-        pickles = [p.name for p in path.parent.iterdir() if p.suffix in ('.bin', '.ckpt', '.pt', '.pth', '.pkl')]
-        why = f'; {", ".join(sorted(pickles))} refused: loading a pickle can run any code' if pickles else ''
-        raise ValueError(f'no {path.name} in {path.parent}{why}; only safetensors are read')
+    if not path.is_file(): _refuse_missing(path)
     _check_sha256(path)
     try: return load_file(path)
     except (SafetensorError, OSError) as e: raise ValueError(f'{path} is damaged or truncated: {e}') from e
@@ -283,7 +319,18 @@ def _check_fit(
         f'{len(names)} {fault}: {", ".join(names[:3])}{", …" if len(names) > 3 else ""}'
         for fault, names in faults.items() if names))
 
-# %% ../nbs/00_model.ipynb #6bc9149a
+# %% ../nbs/00_model.ipynb #372a61cf
+def _check_device(
+    device: torch.device | str | None,  # what a user asks for
+) -> torch.device | str | None:  # the same
+    "Raises `ValueError` if no tensor can be made there"
+    try: torch.empty(0, device=device)
+    except Exception as e:  # each kind of device has its own
+        why = str(e).strip().splitlines()[0]
+        raise ValueError(f'device {device!r} cannot be used here; {default_device().type!r} can: {why}') from e
+    return device
+
+# %% ../nbs/00_model.ipynb #6856ed82
 @patch(cls_method=True)
 def from_pretrained(cls: Model,
     name_or_path: str | Path,  # shipped weights, a folder, or 'owner/name' on the hub
@@ -293,7 +340,9 @@ def from_pretrained(cls: Model,
 ) -> Model:  # in eval mode
     "Load a model; raises `ValueError` for weights that are unknown, damaged, or do not fit"
     _check_dtype(dtype)
-    folder = find_pretrained(name_or_path, subfolder, (cls.config_name, cls.weights_name, 'manifest.json'))
+    _check_device(device)
+    wanted = cls.config_name, cls.weights_name, f'{cls.weights_name}.index.json', 'manifest.json'
+    folder = find_pretrained(name_or_path, subfolder, wanted)
     with torch.random.fork_rng(devices=[]):  # the first, random weights are not to disturb anybody's random numbers
         model = cls.from_config(_read_json(folder/cls.config_name))
     weights = _read_weights(folder/cls.weights_name)

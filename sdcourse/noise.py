@@ -4,15 +4,17 @@
 __all__ = ['SCHEDULES', 'cosine_betas', 'make_betas', 'make_alphas_cumprod', 'snr', 'check_timesteps', 'rates', 'add_noise',
            'rescale_zero_terminal_snr', 'predict_x0', 'predict_eps', 'velocity', 'from_velocity', 'sample_timesteps']
 
-# %% ../nbs/03_noise.ipynb #5cb83195
+# %% ../nbs/03_noise.ipynb #1415ecf2
 import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_noise.ipynb #03f6caf4
+# %% ../nbs/03_noise.ipynb #7f41f1e7
+def _is_number(x, kind=(int, float)): return isinstance(x, kind) and not isinstance(x, bool)
+
 def _check_steps(num_train_timesteps):
     "Raise ValueError unless this is a number of steps"
-    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
+    if not _is_number(num_train_timesteps, int) or num_train_timesteps < 1:
         raise ValueError(f'num_train_timesteps is {num_train_timesteps!r}; allowed: a whole number, at least 1')
 
 def cosine_betas(
@@ -21,7 +23,8 @@ def cosine_betas(
 )->Tensor: # betas, (T,) float32
     "Betas whose running product falls as a squared cosine (Nichol and Dhariwal 2021). Raises ValueError out of range"
     _check_steps(num_train_timesteps)
-    if not 0 < max_beta < 1: raise ValueError(f'max_beta is {max_beta!r}; allowed: between 0 and 1, both excluded')
+    if not _is_number(max_beta) or not 0 < max_beta < 1:
+        raise ValueError(f'max_beta is {max_beta!r}; allowed: between 0 and 1, both excluded')
     def f(u): return math.cos((u + .008) / 1.008 * math.pi / 2)**2
     T = num_train_timesteps
     return torch.tensor([min(1 - f((i + 1) / T) / f(i / T), max_beta) for i in range(T)], dtype=torch.float32)
@@ -32,33 +35,36 @@ SCHEDULES = { # the ranges that were published with each schedule, as arguments 
     'scaled_linear': {'beta_start': .00085, 'beta_end': .012}, # Stable Diffusion
     'squaredcos_cap_v2': {}} # Improved DDPM
 
-# %% ../nbs/03_noise.ipynb #7e43753f
+# %% ../nbs/03_noise.ipynb #81d6a420
 def make_betas(
     schedule:str='linear', # 'linear', 'scaled_linear' or 'squaredcos_cap_v2'
     num_train_timesteps:int=1000, # number of steps T, at least 1
-    beta_start:float=1e-4, # first beta, in (0,1); the cosine does not use it
-    beta_end:float=.02, # last beta, from beta_start to below 1; the cosine does not use it
+    beta_start:float|None=None, # first beta, in (0,1); None: the published one; the cosine does not use it
+    beta_end:float|None=None, # last beta, from beta_start to below 1; None: the published one; likewise
     max_beta:float=.999, # the cosine's cap
 )->Tensor: # share of fresh noise in each step, (T,) float32 in (0,1)
     "The noise schedule, equal to diffusers' to the last bit. Raises ValueError for arguments outside these ranges"
-    if schedule not in list(SCHEDULES): raise ValueError(f'schedule is {schedule!r}; allowed: {", ".join(SCHEDULES)}')
+    if schedule not in list(SCHEDULES):  # list: a dict would raise TypeError for what it cannot hash
+        raise ValueError(f'schedule is {schedule!r}; allowed: {", ".join(SCHEDULES)}')
     if schedule == 'squaredcos_cap_v2': return cosine_betas(num_train_timesteps, max_beta)
     _check_steps(num_train_timesteps)
-    if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f'beta_start is {beta_start!r}, beta_end {beta_end!r}; allowed: 0 < start <= end < 1')
-    if schedule == 'linear': return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
-    return torch.linspace(beta_start**.5, beta_end**.5, num_train_timesteps, dtype=torch.float32)**2
+    start = SCHEDULES[schedule]['beta_start'] if beta_start is None else beta_start
+    end = SCHEDULES[schedule]['beta_end'] if beta_end is None else beta_end
+    if not (_is_number(start) and _is_number(end) and 0 < start <= end < 1):
+        raise ValueError(f'beta_start is {start!r}, beta_end {end!r}; allowed: 0 < start <= end < 1')
+    if schedule == 'linear': return torch.linspace(start, end, num_train_timesteps, dtype=torch.float32)
+    return torch.linspace(start**.5, end**.5, num_train_timesteps, dtype=torch.float32)**2
 
-# %% ../nbs/03_noise.ipynb #e69ac76d
+# %% ../nbs/03_noise.ipynb #89c0858b
 def _check_curve(values, name):
-    "Raise ValueError unless values is a 1-d floating point tensor of numbers from 0 to 1 (a NaN is none)"
+    "Raise ValueError unless values is (T,) floating point, and on the CPU, where looking is free, from 0 to 1"
     if not isinstance(values, Tensor) or values.ndim != 1 or not values.is_floating_point() or not len(values):
         got = f'{values.dtype} of shape {tuple(values.shape)}' if isinstance(values, Tensor) else repr(values)
         raise ValueError(f'{name} is {got}; allowed: a floating point tensor of shape (T,)')
-    if not ((values >= 0) & (values <= 1)).all():
+    if values.device.type == 'cpu' and not ((values >= 0) & (values <= 1)).all():  # a NaN is neither
         raise ValueError(f'{name} runs from {values.min():.4g} to {values.max():.4g}; allowed: 0 to 1, no NaN')
 
-# %% ../nbs/03_noise.ipynb #57639989
+# %% ../nbs/03_noise.ipynb #dffb1ab4
 def make_alphas_cumprod(
     betas:Tensor, # share of fresh noise in each step, (T,) in [0,1]
 )->Tensor: # share of the signal that is left after each step, (T,), falling
@@ -69,44 +75,53 @@ def make_alphas_cumprod(
 def snr(
     alphas_cumprod:Tensor, # share of the signal that is left, (T,) in [0,1]
 )->Tensor: # variance of the signal over variance of the noise, (T,), falling
-    "Signal-to-noise ratio at each timestep: 1 where both are equally strong"
+    "Signal-to-noise ratio at each timestep, for a signal of mean square 1. Raises ValueError where these are no shares"
     _check_curve(alphas_cumprod, 'alphas_cumprod')
     return alphas_cumprod / (1 - alphas_cumprod)
 
-# %% ../nbs/03_noise.ipynb #0ade1bb5
+# %% ../nbs/03_noise.ipynb #b0e12c32
 def check_timesteps(
     t:Tensor|int, # timesteps, integers
     num_train_timesteps:int, # T: they must lie in [0, T-1]
     b:int, # size of the batch: there must be b of them, or one for all
 )->Tensor: # the timesteps, (b,) or (1,) int64
-    "Timesteps as a flat tensor. Raises ValueError if they are no integers, out of range, or not one per picture"
-    try: t = torch.as_tensor(t).flatten()
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f't is {t!r}; allowed: integers') from None
+    "Timesteps as a flat tensor. Raises ValueError for a wrong type, number or (on the CPU; a GPU is not asked) value"
+    if not isinstance(t, (int, Tensor)): raise ValueError(f't is {t!r}; allowed: an integer, or a tensor of integers')
+    t = torch.as_tensor(t).flatten()
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f't is of type {t.dtype}; allowed: integers')
     if t.numel() not in (1, b):
         raise ValueError(f't holds {t.numel()} timesteps; allowed: one, or one for each of {b} pictures')
-    if not ((t >= 0) & (t < num_train_timesteps)).all():
+    if t.device.type == 'cpu' and not ((t >= 0) & (t < num_train_timesteps)).all():
         raise ValueError(f't runs from {t.min()} to {t.max()}; allowed: 0 to {num_train_timesteps - 1}')
     return t.long()
 
-# %% ../nbs/03_noise.ipynb #8d4a7293
+# %% ../nbs/03_noise.ipynb #09bbb937
+def _check_batch(x, name):
+    "Raise ValueError unless x is a batch of floating point numbers"
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim:
+        got = f'{x.dtype} of shape {tuple(x.shape)}' if isinstance(x, Tensor) else f'of type {type(x).__name__}'
+        raise ValueError(f'{name} is {got}; allowed: a floating point tensor of shape (b,...)')
+
 def rates(
     t:Tensor|int, # timesteps, integers in [0, T-1], (b,), or one for all
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
     like:Tensor, # the batch that the rates will multiply, (b,...): gives shape, dtype and device
 )->tuple[Tensor,Tensor]: # signal rate sqrt(abar) and noise rate sqrt(1-abar), (b,1,...) each
-    "The two factors of the mix. Raises ValueError for impossible timesteps, batches or alphas_cumprod"
+    """The two factors of the mix. Raises ValueError for impossible timesteps, batches or alphas_cumprod.
+    abar is rounded to the batch's dtype *before* the square root, as in diffusers: in half precision that costs digits,
+    and buys results with the same bits"""
     _check_curve(alphas_cumprod, 'alphas_cumprod')
-    if not like.is_floating_point(): raise ValueError(f'the pictures are of type {like.dtype}; allowed: floating point')
-    t = check_timesteps(t, len(alphas_cumprod), len(like) if like.ndim else 1)
-    abar = alphas_cumprod.to(like.dtype)[t.to(alphas_cumprod.device)].to(like.device)
-    abar = abar.reshape(-1, *[1] * (like.ndim - 1)) if like.ndim else abar[0]  # (b,) -> (b,1,...)
+    _check_batch(like, 'the batch')
+    t = check_timesteps(t, len(alphas_cumprod), len(like)).to(like.device)
+    abar = alphas_cumprod.to(like.dtype).to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1))  # (b,) -> (b,1,...)
     return abar**.5, (1 - abar)**.5
 
-# %% ../nbs/03_noise.ipynb #b74576b3
-def _check_same_shape(a, b, names):
-    "Raise ValueError unless both tensors have the same shape"
+# %% ../nbs/03_noise.ipynb #8406507d
+def _check_pair(a, b, names):
+    "Raise ValueError unless both are batches of floating point numbers, of the same shape"
+    _check_batch(a, names[0])
+    _check_batch(b, names[1])
     if a.shape != b.shape:
         raise ValueError(f'{names[0]} has shape {tuple(a.shape)} and {names[1]} {tuple(b.shape)}; allowed: the same')
 
@@ -117,51 +132,64 @@ def add_noise(
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
 )->Tensor: # noisy pictures xt, same shape
     "The forward process in closed form, equation 4 of DDPM. Raises ValueError for shapes or timesteps that do not fit"
-    _check_same_shape(x0, eps, ('x0', 'eps'))
+    _check_pair(x0, eps, ('x0', 'eps'))
     signal, noise = rates(t, alphas_cumprod, x0)
     return signal * x0 + noise * eps
 
-# %% ../nbs/03_noise.ipynb #d5fc8c28
+# %% ../nbs/03_noise.ipynb #79a733ce
 def rescale_zero_terminal_snr(
-    betas:Tensor, # share of fresh noise in each step, (T,), T at least 2, in (0,1), the last one may be 1
+    betas:Tensor, # share of fresh noise in each step, (T,), T at least 2, in (0,1); the last one may be 1
 )->Tensor: # betas that end in pure noise, (T,); the last is 1
     "Betas whose last signal rate is exactly 0, algorithm 1 of Lin et al. 2023. Raises ValueError for other betas"
     _check_curve(betas, 'betas')
     if len(betas) < 2: raise ValueError(f'betas has {len(betas)} step; allowed: at least 2')
-    if betas.min() <= 0 or betas[:-1].max() >= 1:
-        raise ValueError('betas holds 0 or 1 before its end; allowed: between them')
+    bad = (betas <= 0) | torch.cat([betas[:-1] >= 1, betas[-1:] > 1])
+    if bad.any():
+        i = bad.int().argmax().item()
+        raise ValueError(f'betas[{i}] is {betas[i]:.4g}; allowed: above 0 and below 1 (the last, betas[-1], may be 1)')
     root = make_alphas_cumprod(betas).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2
+    if not (abar[:-1] > 0).all():  # a NaN is not either
+        raise ValueError(f'betas runs from {betas.min():.4g} to {betas.max():.4g}; allowed: betas whose '
+                         f'running product of 1 - beta, in {betas.dtype}, is least at the end and only there')
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
 
-# %% ../nbs/03_noise.ipynb #30cbf891
+# %% ../nbs/03_noise.ipynb #39a04fc9
+def _check_divisor(rate, t, message):
+    "Raise ValueError where a rate is 0, if it lies on the CPU; t names the places"
+    if rate.device.type != 'cpu' or (rate != 0).all(): return
+    places = torch.as_tensor(t).cpu().flatten()[rate.flatten() == 0].tolist()
+    raise ValueError(f'{message} at t = {str(places)[1:-1]}: the rate is 0 when rounded to {rate.dtype}')
+
+# %% ../nbs/03_noise.ipynb #906221bd
 def predict_x0(
     xt:Tensor, # noisy pictures, (b,...)
     eps:Tensor, # the noise in them, true or predicted, same shape
     t:Tensor|int, # timesteps, integers in [0, T-1], (b,), or one for all
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
 )->Tensor: # clean pictures, same shape
-    "The picture under the noise, equation 15 of DDPM. Raises ValueError where no signal is left: there xt is eps"
-    _check_same_shape(xt, eps, ('xt', 'eps'))
+    """The picture under the noise, equation 15 of DDPM. Raises ValueError where no signal is left: there xt is eps.
+    (On the CPU; a GPU is not asked, and there the division gives inf or NaN)"""
+    _check_pair(xt, eps, ('xt', 'eps'))
     signal, noise = rates(t, alphas_cumprod, xt)
-    if (signal == 0).any():
-        raise ValueError('alphas_cumprod is 0 at t: no signal is left to find x0 in; allowed: above 0')
+    _check_divisor(signal, t, 'alphas_cumprod must be above 0, but no signal is left')
     return (xt - noise * eps) / signal
 
+# %% ../nbs/03_noise.ipynb #265cc5b8
 def predict_eps(
     xt:Tensor, # noisy pictures, (b,...)
     x0:Tensor, # the clean pictures, true or predicted, same shape
     t:Tensor|int, # timesteps, integers in [0, T-1], (b,), or one for all
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
 )->Tensor: # the noise, same shape
-    "The noise over the picture, the inverse of `predict_x0`. Raises ValueError where there is no noise"
-    _check_same_shape(xt, x0, ('xt', 'x0'))
+    "The noise over the picture, the inverse of `predict_x0`. Raises ValueError where there is no noise, on the CPU"
+    _check_pair(xt, x0, ('xt', 'x0'))
     signal, noise = rates(t, alphas_cumprod, xt)
-    if (noise == 0).any(): raise ValueError('alphas_cumprod is 1 at t: there is no noise; allowed: below 1')
+    _check_divisor(noise, t, 'alphas_cumprod must be below 1, but there is no noise')
     return (xt - signal * x0) / noise
 
-# %% ../nbs/03_noise.ipynb #49b33ed4
+# %% ../nbs/03_noise.ipynb #2a7d5fbd
 def velocity(
     x0:Tensor, # clean pictures, (b,...)
     eps:Tensor, # the noise, same shape
@@ -169,7 +197,7 @@ def velocity(
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
 )->Tensor: # velocity v, same shape
     "What a v-prediction model learns (Salimans and Ho 2022). Raises ValueError for shapes or timesteps that do not fit"
-    _check_same_shape(x0, eps, ('x0', 'eps'))
+    _check_pair(x0, eps, ('x0', 'eps'))
     signal, noise = rates(t, alphas_cumprod, x0)
     return signal * eps - noise * x0
 
@@ -180,33 +208,36 @@ def from_velocity(
     alphas_cumprod:Tensor, # share of the signal that is left, (T,); 0 is fine
 )->tuple[Tensor,Tensor]: # x0 and eps, same shape
     "Picture and noise from the velocity, at every t. Raises ValueError for shapes or timesteps that do not fit"
-    _check_same_shape(xt, v, ('xt', 'v'))
+    _check_pair(xt, v, ('xt', 'v'))
     signal, noise = rates(t, alphas_cumprod, xt)
     return signal * xt - noise * v, noise * xt + signal * v
 
-# %% ../nbs/03_noise.ipynb #ceca137c
-def _check_draws(n, num_train_timesteps, distribution, mean, std):
+# %% ../nbs/03_noise.ipynb #f2fb447d
+def _check_draws(n, num_train_timesteps, distribution, mean, std, generator):
     "Raise ValueError unless `sample_timesteps` can work with these"
     _check_steps(num_train_timesteps)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+    if not _is_number(n, int) or n < 0:
         raise ValueError(f'n is {n!r}; allowed: a whole number, at least 0')
     if distribution not in ('uniform', 'logit_normal'):
         raise ValueError(f'distribution is {distribution!r}; allowed: uniform, logit_normal')
-    if not 0 < std < math.inf: raise ValueError(f'std is {std!r}; allowed: above 0')
-    if not math.isfinite(mean): raise ValueError(f'mean is {mean!r}; allowed: a finite number')
+    if not _is_number(std) or not 0 < std < math.inf: raise ValueError(f'std is {std!r}; allowed: above 0')
+    if not _is_number(mean) or not math.isfinite(mean):
+        raise ValueError(f'mean is {mean!r}; allowed: a finite number')
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f'generator is {generator!r}; allowed: a torch.Generator or None')
 
-# %% ../nbs/03_noise.ipynb #5297850a
+# %% ../nbs/03_noise.ipynb #2235d2af
 def sample_timesteps(
     n:int, # how many
     num_train_timesteps:int=1000, # number of steps T
     distribution:str='uniform', # 'uniform', or 'logit_normal' (Esser et al. 2024): the middle more often
-    generator:torch.Generator|None=None, # source of randomness; its device draws, torch's default without
-    device:str|torch.device|None=None, # where the result goes; the generator's without
+    generator:torch.Generator|None=None, # source of randomness, on its device; None: torch's default one, on the CPU
+    device:str|torch.device|None=None, # where the result goes; None: where it was drawn
     mean:float=0., # of the normal number before the sigmoid: above 0 means noisier
     std:float=1., # of the normal number before the sigmoid, above 0
 )->Tensor: # timesteps, (n,) int64 in [0, T-1]
     "Random amounts of noise for a training batch. Raises ValueError for unknown distributions and impossible numbers"
-    _check_draws(n, num_train_timesteps, distribution, mean, std)
+    _check_draws(n, num_train_timesteps, distribution, mean, std, generator)
     where = generator.device if generator is not None else 'cpu'
     if distribution == 'uniform': t = torch.randint(num_train_timesteps, (n,), generator=generator, device=where)
     else:

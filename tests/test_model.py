@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdcourse import model as module
+from sdcourse.images import os as module_os
 from sdcourse.model import Config, Model, default_device, find_pretrained, read_manifest, shipped, write_manifest
 
 WEIGHTS = Model.weights_name
@@ -96,10 +97,17 @@ def test_config_cannot_change():
     argument.append(7)
     assert model.config.channels == (6,)
     with pytest.raises(AttributeError): model.config.strength = 1
-    with pytest.raises(AttributeError): del model.config.strength
+    with pytest.raises(AttributeError, match="'strength' cannot be deleted"): del model.config.strength
     with pytest.raises(AttributeError): model.config = {}
     with pytest.raises(TypeError): model.config['strength'] = 1
     with pytest.raises(AttributeError, match='it has channels, strength, note'): model.config.width  # noqa: B018
+
+
+def test_names_in_a_config():
+    with pytest.raises(ValueError, match='must be strings, got 1, None'): Config({1: 'a', 'b': 2, None: 3})
+    with pytest.raises(ValueError, match='must be strings'): Tiny(note={0: 'a'})
+    assert Config({'items': 3})['items'] == 3 and list(Config({'items': 3}).items()) == [('items', 3)]
+    with pytest.raises(AttributeError, match='it has nothing'): Config({}).width  # noqa: B018
 
 
 def test_the_outermost_constructor_records():
@@ -151,7 +159,18 @@ def test_from_config_refuses(bad, words):
 def test_from_config_names_what_is_missing():
     class Needy(Model):
         def __init__(self, width): super().__init__()
-    with pytest.raises(ValueError, match=r"missing \['width'\]"): Needy.from_config({})
+    with pytest.raises(ValueError, match='missing width; its arguments') as e: Needy.from_config({})
+    assert 'unknown' not in str(e.value)
+    with pytest.raises(ValueError, match='unknown height; missing width'): Needy.from_config({'height': 1})
+
+
+@pytest.mark.parametrize('bad', [None, [], 'config', 3])
+def test_from_config_wants_a_mapping(bad):
+    with pytest.raises(ValueError, match=f'a mapping, got {type(bad).__name__}'): Tiny.from_config(bad)
+
+
+def test_from_config_refuses_names_that_are_no_strings():
+    with pytest.raises(ValueError, match='must be strings, got 1'): Tiny.from_config({1: 2})
 
 
 # saving and loading
@@ -193,6 +212,12 @@ def test_precision(tmp_path, stored):
 def test_device(saved): assert Tiny.from_pretrained(saved, device=default_device()).device.type == default_device().type
 
 
+@pytest.mark.parametrize('device', ['gpu', 'cuda:999', 'mps:7', '', object(), 1.5])
+def test_device_that_is_not_here(saved, device):
+    message = refusal(saved, device=device)
+    assert repr(device) in message and repr(default_device().type) in message
+
+
 @pytest.mark.parametrize('dtype', [torch.int64, 'float16', 16])
 def test_dtype_must_be_floating(tmp_path, saved, dtype):
     with pytest.raises(ValueError, match='floating'): Tiny.from_pretrained(saved, dtype=dtype)
@@ -224,6 +249,7 @@ def test_unwritable(tmp_path):
     (tmp_path/'file').write_text('x')
     for folder in (tmp_path/'file', tmp_path/'file'/'below'):
         with pytest.raises(ValueError, match='cannot write'): Tiny().save_pretrained(folder)
+    with pytest.raises(ValueError, match='it is a file, not a folder'): Tiny().save_pretrained(tmp_path/'file')
     with pytest.raises(ValueError, match='JSON'): Tiny(note=object()).save_pretrained(tmp_path/'new')
     with pytest.raises(ValueError, match='JSON'): Tiny(note=float('nan')).save_pretrained(tmp_path/'new')
     assert [p.name for p in tmp_path.iterdir()] == ['file']
@@ -239,6 +265,38 @@ def test_failed_save_leaves_the_old_model(saved, x, monkeypatch, error):
     with pytest.raises(ValueError if isinstance(error, OSError) else KeyboardInterrupt):
         Tiny((9,)).save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_failed_config_is_called_by_its_name(saved, monkeypatch):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    def full(self, text, encoding=None): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_text', full)
+    with pytest.raises(ValueError, match=r'cannot write .*config\.json: No space'): Tiny((9,)).save_pretrained(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize('manifest', [False, True])
+@pytest.mark.parametrize('fails', ['config.json', WEIGHTS, 'manifest.json'])
+def test_no_mixture_of_two_models(saved, x, monkeypatch, fails, manifest):
+    "Whichever of the last steps fails: the folder holds the new model, or is refused"
+    if manifest: write_manifest(saved)
+    elif fails == 'manifest.json': return
+    new = Tiny((6,), strength=9.)  # the same shapes: new weights would fit the old config
+    def failing(act):
+        def step(path, *args, **options):
+            if Path(args[0] if args else path).name == fails and not (act is unlink and fails != 'manifest.json'):
+                raise PermissionError(13, 'in use')
+            return act(path, *args, **options)
+        return step
+    replace, unlink = module_os.replace, Path.unlink
+    monkeypatch.setattr(module_os, 'replace', failing(replace))
+    monkeypatch.setattr(Path, 'unlink', failing(unlink))
+    with pytest.raises(ValueError, match=f'{fails}.*: in use'): new.save_pretrained(saved)
+    monkeypatch.undo()
+    assert refusal(saved)
+    assert not list(saved.glob('*.tmp'))
+    new.save_pretrained(saved)  # and saving again repairs it
+    assert Tiny.from_pretrained(saved)(x).equal(new.eval()(x))
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
@@ -295,13 +353,28 @@ def test_sha256(saved):
 
 
 def test_manifest_refuses(saved, tmp_path):
-    with pytest.raises(ValueError, match='must hold'): write_manifest(tmp_path)
-    with pytest.raises(ValueError, match='files'): write_manifest(saved, files=1)
+    with pytest.raises(ValueError, match='must hold .*, and holds none') as e: write_manifest(tmp_path)
+    assert 'fact' not in str(e.value)
+    with pytest.raises(ValueError, match="no fact may be called 'files'") as e: write_manifest(saved, files=1)
+    assert 'must hold' not in str(e.value)
     with pytest.raises(ValueError, match='JSON'): write_manifest(saved, model=object())
     with pytest.raises(ValueError, match='cannot read'): read_manifest(saved)
     for text in ('{', '[]', '{"seed": 1}', '{"files": {}}'):
         (saved/'manifest.json').write_text(text)
         assert 'manifest' in refusal(saved)
+
+
+def test_manifest_that_does_not_list_the_file(saved):
+    (saved/'manifest.json').write_text('{"files": {"other.safetensors": "00"}}')
+    assert refusal(saved).endswith(f'says nothing of {WEIGHTS}; it lists other.safetensors')
+
+
+@pytest.mark.parametrize('name', [f'{WEIGHTS}.index.json', 'model.safetensors.index.json'])
+def test_weights_in_several_files(saved, name):
+    (saved/WEIGHTS).rename(saved/'diffusion_pytorch_model-00001-of-00002.safetensors')
+    (saved/name).write_text('{}')
+    message = refusal(saved)
+    assert name in message and 'split into several files' in message
 
 
 def test_config_that_does_not_fit_the_weights(saved):
@@ -384,13 +457,25 @@ def test_hub(pretrained, saved, monkeypatch, x):
         return str(saved.parent)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
     assert Tiny.from_pretrained('owner/name-1.5', subfolder='saved')(x).equal(Tiny.from_pretrained(saved)(x))
-    assert calls == [('owner/name-1.5', ['saved/config.json', f'saved/{WEIGHTS}', 'saved/manifest.json'])]
+    assert calls == [('owner/name-1.5', [
+        'saved/config.json', f'saved/{WEIGHTS}', f'saved/{WEIGHTS}.index.json', 'saved/manifest.json'])]
     def offline(name, allow_patterns): raise huggingface_hub.errors.LocalEntryNotFoundError('no network\nat all')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
     assert refusal('owner/name') == "cannot get 'owner/name' from the hub: no network"
 
 
-def test_unknown_subfolder(saved): assert "'unet'" in refusal(saved, subfolder='unet')
+def test_unknown_subfolder(saved):
+    for subfolder in ('unet', 'u'*300, 3): assert repr(subfolder) in refusal(saved, subfolder=subfolder)
+
+
+@pytest.mark.parametrize('name', ['a'*300, 'a'*5000, './' + 'a'*300, 'a\0b', None, 3])
+def test_names_that_no_folder_can_have(name):
+    with pytest.raises(ValueError, match='unknown weights'): find_pretrained(name)
+
+
+def test_a_file_is_no_folder(saved):
+    for name in (str(saved/WEIGHTS), saved/WEIGHTS):
+        with pytest.raises(ValueError, match='is a file, not a folder'): find_pretrained(name)
 
 
 def test_what_is_shipped_is_what_its_manifest_says():

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def published(name, num_train_timesteps=1000, zero=False):
     "Our betas, our alphas_cumprod and diffusers' scheduler, for one published schedule"
     ref = DDPMScheduler(num_train_timesteps, beta_schedule=name, rescale_betas_zero_snr=zero, clip_sample=False,
                         **SCHEDULES[name])
-    betas = make_betas(name, num_train_timesteps, **SCHEDULES[name])
+    betas = make_betas(name, num_train_timesteps, **SCHEDULES[name])  # the ranges said, as the reference wants them
     if zero: betas = rescale_zero_terminal_snr(betas)
     return betas, make_alphas_cumprod(betas), ref
 
@@ -48,9 +48,26 @@ def test_schedules_equal_diffusers(name, num_train_timesteps, zero):
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
-def test_defaults_are_those_of_diffusers(name):
-    assert torch.equal(make_betas(name), DDPMScheduler(beta_schedule=name).betas)
-    assert torch.equal(make_betas(name, 1), DDPMScheduler(1, beta_schedule=name).betas)
+def test_the_default_range_is_the_published_one(name):
+    assert torch.equal(make_betas(name), make_betas(name, **SCHEDULES[name]))
+    for steps in (1, 1000): assert torch.equal(make_betas(name, steps), DDPMScheduler(
+        steps, beta_schedule=name, **SCHEDULES[name]).betas)
+    if name == 'squaredcos_cap_v2': return
+    assert make_betas(name, 5, beta_end=.5)[0] == make_betas(name, 5)[0]  # one end alone
+    assert make_betas(name, 5, beta_start=.001)[-1] == make_betas(name, 5)[-1]
+
+
+@pytest.mark.parametrize('name', ['linear', 'scaled_linear'])
+def test_any_range_equals_diffusers(name):
+    ref = DDPMScheduler(beta_schedule=name)  # diffusers' own default range, for both
+    assert torch.equal(make_betas(name, beta_start=1e-4, beta_end=.02), ref.betas)
+
+
+@pytest.mark.parametrize('mean, std', [(0., 1.), (.5, 2.), (-1., .3)])
+def test_logit_normal_equals_diffusers(mean, std):
+    u = compute_density_for_timestep_sampling('logit_normal', 5000, mean, std, generator=generator(8))
+    t = sample_timesteps(5000, 1000, 'logit_normal', generator(8), mean=mean, std=std)
+    assert ((t - (1000 * u).long()).abs() <= 1).all() and (t == (1000 * u).long()).float().mean() > .999
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -94,6 +111,28 @@ def test_devices_give_the_same(device):
 
 
 # by hand
+
+def test_half_precision_rounds_before_the_root():
+    "As diffusers does it: predict_x0 undoes what add_noise did, and what is rounded to 0 is said so"
+    x0, eps = (x.half() for x in pair(9, (2, 1, 8, 8)))
+    cosine = make_alphas_cumprod(make_betas('squaredcos_cap_v2'))
+    assert rates(300, cosine, x0)[0].item() == (cosine[300].half()**.5).item()
+    assert (predict_x0(add_noise(x0, eps, 300, cosine), eps, 300, cosine) - x0).abs().max() < .01
+    with pytest.raises(ValueError, match=r'at t = 999: the rate is 0 when rounded to torch.float16'):
+        predict_x0(x0, eps, torch.tensor([5, 999]), cosine)
+    with pytest.raises(ValueError, match=r'there is no noise at t = 0: the rate is 0 when rounded to torch.bfloat16'):
+        predict_eps(x0.bfloat16(), eps.bfloat16(), 0, cosine)
+
+
+@pytest.mark.parametrize('device', ['meta', *DEVICES[1:]])
+def test_no_device_but_the_cpu_is_asked_for_values(device):
+    "A meta tensor has no values: any look at them would raise"
+    x, t, abar = torch.empty(2, 1, 4, 4, device=device), torch.tensor([0, 5], device=device), LINEAR.to(device)
+    for f in (add_noise, predict_x0, predict_eps, velocity): assert f(x, x, t, abar).shape == x.shape
+    assert all(out.device == x.device for out in from_velocity(x, x, t, abar))
+    assert check_timesteps(t, 1000, 2).device.type == device
+    with pytest.raises(ValueError, match='t holds 3 timesteps'): add_noise(x, x, t[:1].repeat(3), abar)
+
 
 def test_values_by_hand():
     torch.testing.assert_close(make_alphas_cumprod(torch.tensor([.1, .2])), torch.tensor([.9, .72]))
@@ -207,7 +246,6 @@ def test_one_timestep_for_all_in_any_form():
     wanted = add_noise(x0, eps, torch.tensor([9, 9, 9]), LINEAR)
     for t in (9, torch.tensor(9), torch.tensor([9]), torch.tensor([9, 9, 9], dtype=torch.int32)):
         assert torch.equal(add_noise(x0, eps, t, LINEAR), wanted)
-    assert add_noise(x0[0, 0, 0, 0], eps[0, 0, 0, 0], 9, LINEAR) == wanted[0, 0, 0, 0]
 
 
 def test_gradients_flow():
@@ -240,21 +278,41 @@ BAD = [
     (lambda: snr(torch.tensor([[.5]])), r'alphas_cumprod is torch.float32 of shape \(1, 1\); allowed'),
     (lambda: snr(torch.tensor([-.5])), r'alphas_cumprod runs from -0.5'),
     (lambda: rescale_zero_terminal_snr(torch.tensor([.1])), r'betas has 1 step; allowed: at least 2'),
-    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, 1., .2])), r'betas holds 0 or 1 before its end'),
-    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, 0., .2])), r'betas holds 0 or 1 before its end'),
+    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, 1., .2])), r'betas\[1\] is 1; allowed: above 0 and below 1'),
+    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, .2, 0., .2])), r'betas\[2\] is 0; allowed'),
+    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, 0.])), r'betas\[1\] is 0; allowed'),
+    (lambda: rescale_zero_terminal_snr(torch.full((10,), 1e-9)), r'betas runs from 1e-09 to 1e-09; .*float32'),
+    (lambda: rescale_zero_terminal_snr(torch.full((100,), .999)), r'betas runs from 0.999 to 0.999; allowed'),
+    (lambda: rescale_zero_terminal_snr(torch.tensor([.1, .1, 1e-9])), r'betas runs from 1e-09 to 0.1; allowed'),
+    (lambda: rescale_zero_terminal_snr([.1, .2]), r'betas is \[0.1, 0.2\]; allowed'),
     (lambda: add_noise(X, X, -1, LINEAR), r't runs from -1 to -1; allowed: 0 to 999'),
     (lambda: add_noise(X, X, torch.tensor([0, 1000]), LINEAR), r't runs from 0 to 1000; allowed: 0 to 999'),
     (lambda: add_noise(X, X, torch.tensor([0., 1.]), LINEAR), r't is of type torch.float32; allowed: integers'),
     (lambda: add_noise(X, X, torch.tensor([True, False]), LINEAR), r't is of type torch.bool; allowed: integers'),
     (lambda: add_noise(X, X, torch.tensor([1, 2, 3]), LINEAR), r't holds 3 timesteps; allowed: one, or one for each'),
-    (lambda: add_noise(X, X, 'noon', LINEAR), r"t is 'noon'; allowed: integers"),
+    (lambda: add_noise(X, X, 'noon', LINEAR), r"t is 'noon'; allowed: an integer, or a tensor of integers"),
+    (lambda: add_noise(X, X, [1, 2], LINEAR), r't is \[1, 2\]; allowed: an integer, or a tensor of integers'),
+    (lambda: add_noise(X, X, True, LINEAR), r't is of type torch.bool; allowed: integers'),
+    (lambda: add_noise(X, [1.], 0, LINEAR), r'eps is of type list; allowed: .* tensor of shape \(b,...\)'),
+    (lambda: add_noise('x', X, 0, LINEAR), r'x0 is of type str; allowed: a floating point tensor'),
+    (lambda: add_noise(X[0, 0, 0, 0], X[0, 0, 0, 0], 0, LINEAR), r'x0 is torch.float32 of shape \(\); allowed'),
+    (lambda: from_velocity(X, 3, 0, LINEAR), r'v is of type int; allowed'),
+    (lambda: rates(0, LINEAR, 'x'), r'the batch is of type str; allowed'),
+    (lambda: rates(0, [.5], X), r'alphas_cumprod is \[0.5\]; allowed'),
+    (lambda: make_betas('linear', '10'), r"num_train_timesteps is '10'; allowed"),
+    (lambda: make_betas('linear', 10, '.1', .2), r"beta_start is '.1', beta_end 0.2; allowed"),
+    (lambda: make_betas('linear', 10, .1, [.2]), r'beta_end \[0.2\]; allowed'),
+    (lambda: cosine_betas(10, '.9'), r"max_beta is '.9'; allowed"),
+    (lambda: sample_timesteps(2, 10, 'logit_normal', std='1'), r"std is '1'; allowed"),
+    (lambda: sample_timesteps(2, 10, 'logit_normal', mean=[0.]), r'mean is \[0.0\]; allowed'),
+    (lambda: sample_timesteps(2, 10, generator=7), r'generator is 7; allowed: a torch.Generator or None'),
     (lambda: add_noise(X, X[:1], 0, LINEAR), r'x0 has shape \(2, 1, 4, 4\) and eps \(1, 1, 4, 4\); allowed: the same'),
-    (lambda: add_noise(X.byte(), X, 0, LINEAR), r'torch.uint8; allowed: floating point'),
+    (lambda: add_noise(X.byte(), X, 0, LINEAR), r'x0 is torch.uint8 of shape .* allowed: a floating point tensor'),
     (lambda: add_noise(X, X, 0, LINEAR * 2), r'alphas_cumprod runs from'),
     (lambda: predict_x0(X, X[:, :, 1:], 0, LINEAR), r'xt has shape .* and eps'),
-    (lambda: predict_x0(X, X, 1, torch.tensor([.5, 0.])), r'alphas_cumprod is 0 at t: no signal'),
+    (lambda: predict_x0(X, X, 1, torch.tensor([.5, 0.])), r'no signal is left at t = 1: .* rounded to torch.float32'),
     (lambda: predict_eps(X, X[0], 0, LINEAR), r'xt has shape .* and x0'),
-    (lambda: predict_eps(X, X, 0, torch.tensor([1., .5])), r'alphas_cumprod is 1 at t: there is no noise'),
+    (lambda: predict_eps(X, X, 0, torch.tensor([1., .5])), r'there is no noise at t = 0: the rate is 0'),
     (lambda: velocity(X, X[0], 0, LINEAR), r'x0 has shape .* and eps'),
     (lambda: from_velocity(X, X[0], 0, LINEAR), r'xt has shape .* and v'),
     (lambda: check_timesteps(5, 5, 1), r't runs from 5 to 5; allowed: 0 to 4'),
