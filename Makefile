@@ -15,6 +15,8 @@ PIP_LOG = > $(VENV)/pip.log 2>&1 || { tail -n 20 $(VENV)/pip.log >&2; \
 # two notebooks at a time, one thread each: two cores are the machine that this course is written for
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
+# another environment may be active in the terminal that make was called from
+unexport VIRTUAL_ENV
 
 .NOTPARALLEL:
 .PHONY: all install dev test check browser notebooks site benchmark lessons execute constraints clean distclean help

@@ -1,4 +1,4 @@
-"A complete Stable Diffusion, written, trained and understood in notebooks."
+"A course in notebooks towards a complete Stable Diffusion."
 from importlib.metadata import version
 
 __version__ = version('sdcourse')

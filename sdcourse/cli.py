@@ -144,7 +144,7 @@ def synthesize(
     print(f'{" and ".join(map(str, outputs))}: {len(images)} digits in {time.perf_counter() - start:.1f} s '
           f'on {device}; --seed {seed} draws the same again')
 
-# %% ../nbs/99_cli.ipynb #d6dab66f
+# %% ../nbs/99_cli.ipynb #3f3f6db2
 def train(
     args,  # model, output, noise, epochs, seed, device
 ):
@@ -157,8 +157,9 @@ def train(
     start = time.perf_counter()
     manifest = train_classifier(args.output, device=device, **given)
     show_facts(manifest)
-    print(f'{args.output}: trained in {time.perf_counter() - start:.0f} s; '
-          f'sdcourse synthesize --weights {args.output} draws with it')
+    then = f'sdcourse synthesize --weights {args.output} draws with it' if manifest.get('noise') else \
+        'it reads; one that draws well is trained with --noise 1.5'
+    print(f'{args.output}: trained in {time.perf_counter() - start:.0f} s; {then}')
 
 def show_facts(
     manifest: dict,  # what `read_manifest` gives
@@ -186,12 +187,12 @@ def find_lessons() -> list[Path]:  # the home page, then lesson after lesson
     "The notebooks of the course, in their order"
     return sorted(lessons_folder().glob('*.ipynb'), key=lambda p: (p.stem != 'index', p.name))
 
-# %% ../nbs/99_cli.ipynb #13b91f86
+# %% ../nbs/99_cli.ipynb #c3495bb9
 def copy_lessons(
     notebooks: list[Path],  # what to copy
     folder: Path,  # where to; made if it is not there
 ):
-    "Copy the notebooks, all or none; raises `ValueError` if one would overwrite a file"
+    "Copy the notebooks; raises `ValueError`, before copying any, if one would overwrite a file"
     taken = [p.name for p in notebooks if (folder/p.name).exists()]
     if taken: raise ValueError(f'{folder} has {", ".join(taken[:3])} already; nothing is overwritten: name a new one')
     try:
@@ -279,10 +280,10 @@ def add_train(
     add_device(p)
     p.set_defaults(run=train)
 
-# %% ../nbs/99_cli.ipynb #9abc5ec2
+# %% ../nbs/99_cli.ipynb #4332161e
 def make_parser() -> Parser:  # knows every command
     "All that may be typed"
-    parser = Parser(prog='sdcourse', description='A complete Stable Diffusion, written and understood in notebooks')
+    parser = Parser(prog='sdcourse', description='A course towards a complete Stable Diffusion')
     parser.add_argument('--version', action='version', version=f'sdcourse {version("sdcourse")}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command')
     add_synthesize(commands)

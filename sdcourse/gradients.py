@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .data import digit_dataloaders, mnist
 from .model import Model, default_device, write_manifest
 
-# %% ../nbs/02_gradients.ipynb #1be379e9
+# %% ../nbs/02_gradients.ipynb #1f5243c8
 NOT_A_DIGIT = 10
 
 class DigitClassifier(Model):
@@ -28,10 +28,11 @@ class DigitClassifier(Model):
         num_classes:int=11, # ten digits, and "not a digit"
     ):
         super().__init__()
-        widths = zip((1, *channels), channels, (2, 1, 2, 1))
-        self.features = nn.Sequential(*(layer for ci, co, stride in widths for layer in (
-            nn.Conv2d(ci, co, 3, stride, padding=1, bias=False), nn.BatchNorm2d(co), nn.SiLU())))
-        self.head = nn.Linear(channels[-1], num_classes)
+        layers, previous = [], 1
+        for width, stride in zip(channels, (2, 1, 2, 1)):
+            layers += [nn.Conv2d(previous, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+            previous = width
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(previous, num_classes)
 
     def forward(self,
         x:Tensor, # pictures in [-1, 1], (b,1,28,28)
@@ -39,14 +40,14 @@ class DigitClassifier(Model):
         "One number for each of the eleven answers; `softmax` turns them into probabilities."
         return self.head(self.features(x).mean((2, 3)))
 
-# %% ../nbs/02_gradients.ipynb #10632615
+# %% ../nbs/02_gradients.ipynb #4b6a1dc4
 def random_strokes(
     n:int, # how many pictures
     generator:torch.Generator, # source of randomness; the pictures are made on its device
     strokes:int=3, # most strokes in a picture
     points:int=24, # points along each stroke
 ) -> Tensor: # white curves on black in [-1, 1], (n,1,28,28)
-    "Pictures of one to three random curved strokes (quadratic Bézier curves): drawn as digits are, but saying nothing."
+    "Pictures of one to three random curved strokes (quadratic Béziers): drawn as digits are, but saying nothing."
     device = generator.device
     t = torch.linspace(0, 1, points, device=device)[:, None]
     a, b, c = torch.rand(3, n, strokes, 1, 2, generator=generator, device=device)*18 + 5
@@ -59,20 +60,20 @@ def random_strokes(
     width = 1.4 + torch.rand(n, 1, generator=generator, device=device)
     return ((width - distance.amin(-1)).clamp(0, 1)*2 - 1).view(n, 1, 28, 28)
 
-# %% ../nbs/02_gradients.ipynb #6844cd3b
+# %% ../nbs/02_gradients.ipynb #c1b8ea39
 def not_digits(
     digits:Tensor, # real digits to take apart, in [-1, 1], (n,1,28,28)
     generator:torch.Generator, # source of randomness, on the digits' device
-) -> Tensor: # a quarter each of noise, shuffled pixels, shuffled quarters and strokes, in [-1, 1], (n,1,28,28)
+) -> Tensor: # a quarter each: noise, shuffled pixels, swapped halves, strokes; in [-1, 1], (n,1,28,28)
     "Pictures that are no digits, for the eleventh class."
     def rand(*shape): return torch.rand(*shape, generator=generator, device=digits.device)
-    noise, pixels, quarters, strokes = digits.tensor_split(4)
+    noise, pixels, halves, strokes = digits.tensor_split(4)
     grain = torch.randn(noise.shape, generator=generator, device=digits.device)
     noise = rand(len(noise), 1, 1, 1)*2 - 1 + rand(len(noise), 1, 1, 1)*grain
     pixels = pixels.flatten(1).gather(1, rand(len(pixels), 784).argsort(1)).view_as(pixels)
-    halves = quarters.roll(14, 2), quarters.roll(14, 3)               # top and bottom, left and right swapped
-    quarters = torch.where(rand(len(quarters), 1, 1, 1) < 0.5, *halves)
-    return torch.cat([noise.clamp(-1, 1), pixels, quarters, random_strokes(len(strokes), generator)])
+    swapped = halves.roll(14, 2), halves.roll(14, 3)                  # top and bottom, or left and right
+    halves = torch.where(rand(len(halves), 1, 1, 1) < 0.5, *swapped)
+    return torch.cat([noise.clamp(-1, 1), pixels, halves, random_strokes(len(strokes), generator)])
 
 # %% ../nbs/02_gradients.ipynb #8dfbf6ea
 def random_affine(
@@ -117,11 +118,11 @@ def accuracy(
              for x, y in zip(images.split(1000), labels.split(1000))]
     return torch.stack(right).sum().item()/len(labels)
 
-# %% ../nbs/02_gradients.ipynb #c0401cbf
+# %% ../nbs/02_gradients.ipynb #bdf600f9
 def _fit(model, dls, noise, epochs, lr, seed, progress):
     "The training itself; returns the number of steps."
     from fastai.callback.core import Callback
-    from fastai.callback.schedule import Learner  # with `fit_one_cycle`
+    from fastai.callback.schedule import Learner  # that import gives Learner its `fit_one_cycle`
     generator = torch.Generator(dls.device).manual_seed(seed)
     def before_batch(self):
         if not self.training: return
@@ -145,9 +146,9 @@ def _test(model, noise):
         model, images + torch.randn(images.shape, generator=generator), labels)
     return facts
 
-# %% ../nbs/02_gradients.ipynb #1272258c
+# %% ../nbs/02_gradients.ipynb #a01b3692
 def train_classifier(
-    output:str|Path, # the folder for the weights and their manifest; made if it is not there
+    output:str|Path, # the folder for the weights and their manifest; made if need be, weights in it are replaced
     noise:float=0., # most noise added to a picture: 0 for a plain classifier, 1.5 for one that reads through noise
     epochs:int=6, # how many times the 55,000 training digits are shown, at least 1
     bs:int=256, # digits in a batch
@@ -157,8 +158,8 @@ def train_classifier(
     progress:bool=True, # show fastai's bar and table
 ) -> dict: # the manifest: seed, steps, seconds, test accuracy, sha256
     "Train a `DigitClassifier` with fastai, and save it in half precision."
-    if epochs < 1: raise ValueError(f'epochs must be at least 1, not {epochs}')
-    if noise < 0: raise ValueError(f'noise must not be negative, it is {noise}')
+    if not isinstance(epochs, int) or epochs < 1: raise ValueError(f'epochs must be at least 1, not {epochs}')
+    if not 0 <= noise < math.inf: raise ValueError(f'noise must not be negative nor infinite, it is {noise}')
     try: Path(output).mkdir(parents=True, exist_ok=True)              # better now than after the training
     except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
     start, device = time.perf_counter(), torch.device(device or default_device())
@@ -171,13 +172,16 @@ def train_classifier(
                  seconds=round(time.perf_counter() - start, 1))
     return write_manifest(output, **facts, **_test(DigitClassifier.from_pretrained(output, device=device), noise))
 
-# %% ../nbs/02_gradients.ipynb #eb607ab4
+# %% ../nbs/02_gradients.ipynb #88bfc28f
+@torch.enable_grad()
 def input_gradient(
     model:nn.Module, # a classifier: pictures (b,1,28,28) -> logits (b,11)
     x:Tensor, # pictures in [-1, 1], (b,1,28,28)
     labels:Tensor, # the class whose probability counts, 0 to 10, (b,)
 ) -> Tensor: # how log p(label) changes with each pixel, (b,1,28,28)
     "The gradient of the log-probability of the labels with regard to the pixels (Simonyan et al., 2013)."
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f'{len(x)} pictures need as many labels, got {tuple(labels.shape)}')
     x = x.detach().requires_grad_()
     log_p = model(x).log_softmax(1).gather(1, labels[:, None])
     return torch.autograd.grad(log_p.sum(), x)[0]
@@ -192,15 +196,14 @@ def blur(
     weights = (-offsets**2/(2*sigma**2)).softmax(0)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), (weights[:, None]*weights)[None, None])
 
-# %% ../nbs/02_gradients.ipynb #4af0cd10
-@torch.no_grad()
+# %% ../nbs/02_gradients.ipynb #ec06736b
 def follow_gradient(
     model:Model, # a classifier, in any precision
     x:Tensor, # where to start, float32 in [-1, 1], (b,1,28,28)
     labels:Tensor, # what the pictures should become, 0 to 10, (b,)
     generator:torch.Generator, # source of randomness, on the CPU
     steps:int=100, # at least 1
-    reach:float=4., # how far a pixel may travel in all, as a root mean square
+    reach:float=1.6, # the length of the way: the sum of all steps, each a root mean square over the pixels
     noise:float=1.5, # laid over the picture before the model looks at it, at the first step
     shrink:float=.1, # what noise and step length have shrunk to at the last step, a factor above 0
     smooth:float=.7, # blur of the gradient in pixels; 0: none
@@ -208,27 +211,28 @@ def follow_gradient(
     on_step:Callable|None=None, # called with the number of the step and the pictures after it
 ) -> Tensor: # in [-1, 1], (b,1,28,28)
     "Follow the gradient of log p(label), looking through noise and trembling a little, in ever smaller steps."
-    for i, size in enumerate(shrink**torch.linspace(0, 1, steps)):
+    sizes = shrink**torch.linspace(0, 1, steps)
+    for i, size in enumerate(sizes):
         shift = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
         seen = x.roll(shift, (2, 3)) + noise*size*torch.randn(x.shape, generator=generator).to(x)
-        with torch.enable_grad(): g = input_gradient(model, seen.to(model.dtype), labels).float()
+        g = input_gradient(model, seen.to(model.dtype), labels).float()
         g = g.roll([-s for s in shift], (2, 3))
         if smooth: g = blur(g, smooth)
         length = g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-        x = (x + reach/steps*size*g/length).clamp(-1, 1)
+        x = (x + reach*size/sizes.sum()*g/length).clamp(-1, 1)
         if on_step: on_step(i, x)
     return x
 
-# %% ../nbs/02_gradients.ipynb #b70beb6f
+# %% ../nbs/02_gradients.ipynb #daae36b9
 def _check_labels(labels):
     "The labels as a tensor; raises `ValueError` unless they are whole numbers from 0 to 9."
     try: checked = torch.as_tensor(list(labels))
     except (TypeError, ValueError, RuntimeError): checked = torch.empty(0)
-    whole = checked.ndim == 1 and len(checked) and not checked.is_floating_point()
+    whole = checked.ndim == 1 and len(checked) and checked.dtype == torch.int64
     if whole and 0 <= checked.min() <= checked.max() <= 9: return checked
     raise ValueError(f'labels must be one or more whole numbers from 0 to 9, got {labels!r}')
 
-# %% ../nbs/02_gradients.ipynb #b5156c7a
+# %% ../nbs/02_gradients.ipynb #510a8cac
 def synthesize(
     labels:Sequence[int]|Tensor, # the digits to draw, one picture each, 0 to 9
     steps:int=100, # steps of the gradient, at least 1
@@ -240,9 +244,10 @@ def synthesize(
 ) -> Tensor: # float32 in [-1, 1], (n,1,28,28), on the CPU
     "New handwritten digits, drawn by following a classifier's gradient. Raises `ValueError` for bad arguments."
     labels = _check_labels(labels)
-    if steps < 1: raise ValueError(f'steps must be at least 1, not {steps}')
-    device, generator = torch.device(device or default_device()), torch.Generator().manual_seed(seed)
-    model = DigitClassifier.from_pretrained(weights, device=device, dtype=dtype)
+    if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be at least 1, not {steps!r}')
+    if not isinstance(seed, int): raise ValueError(f'seed must be a whole number, not {seed!r}')
+    generator = torch.Generator().manual_seed(seed)
+    model = DigitClassifier.from_pretrained(weights, device=device or default_device(), dtype=dtype)
     x = (-0.9 + 0.2*torch.randn(len(labels), 1, 28, 28, generator=generator)).clamp(-1, 1)
     x, labels = x.to(model.device), labels.to(model.device)
     return follow_gradient(model, x, labels, generator, steps, on_step=on_step).cpu()
