@@ -140,7 +140,7 @@ GIF = 'R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7'
 WIDGET = 'application__vnd.jupyter.widget-view+json'
 GOOD = [
     cell('raw', '---\ntitle: Second\nskip_showdoc: true\n---'),
-    cell('markdown', r'Links: [home](index.ipynb), [here](#part), [licence](../LICENSE). $a_t$ and `$b$`.' '\n\n'
+    cell('markdown', r'Links: [home](index.ipynb), [here](#part), [licence](../LICENSE). $a_t$, and `$b$`.' '\n\n'
                      r'$$\begin{aligned} x &= \left(\frac{1}{2}\right) \\ &= \mathbb{E}[\lVert\bar{y}\rVert]'
                      r'\end{aligned} \tag{1}$$' '\n\n## Part'),
     cell('code', '#| fig-alt: ["first", "second"]\n#| fig-cap: "It is $z^2$."\nf()',
@@ -203,6 +203,7 @@ def test_formulas_become_mathml_and_code_is_left_alone(second):
     block, = second.select('math[display="block"]')
     assert 'aligned' in block.annotation.get_text() and '(1)' in block.get_text() and block.mtable
     assert '$b$' in [o.get_text() for o in second('code')]
+    assert second.select_one('.nobr > .math').next_sibling == ',', 'the comma stays beside its formula'
 
 
 def test_no_live_widget_and_no_stale_progress_bar(second):

@@ -67,16 +67,18 @@ def figure(
     caption: str='', # a line below the picture
 ) -> str: # HTML that holds the picture itself
     "A picture as a figure; small ones are enlarged by a whole factor with crisp pixels."
+    wide = ''
     if mime == 'image/svg+xml': data, size = base64.b64encode(data.encode()).decode(), ''
     else:
         w, h = Image.open(io.BytesIO(base64.b64decode(data))).size
         scale = max(1, 224//max(w, h))
         crisp = ' data-pixels="true"' if scale > 1 or mime == 'image/gif' else ''
+        wide = ' wide' if w*scale > 560 else ''  # on a phone it scrolls, and is not made too small to see
         size = f' width="{w*scale}" height="{h*scale}"{crisp}'
     alt = f' alt="{html.escape(alt)}"' if alt else ''
     caption = f'\n<figcaption>{inline(caption)}</figcaption>' if caption else ''
     src = f'data:{mime};base64,{"".join(data.split())}'
-    return f'<figure class="figure">\n<img src="{src}"{alt} class="figure-img img-fluid"{size}>{caption}\n</figure>'
+    return f'<figure class="figure{wide}">\n<img src="{src}"{alt} class="figure-img img-fluid"{size}>{caption}\n</figure>'
 
 
 def merge_streams(outputs: list) -> list:
@@ -219,19 +221,30 @@ def to_mathml(tex: str, display: bool) -> str:
 
 
 def finish_page(path: Path):
-    "Equations to MathML, collapsed callouts to <details>, nothing from a content delivery network, a skip link."
+    "Equations to MathML, callouts to <details>, nothing from a content delivery network, a title and a skip link."
     soup = read_page(path)
     for span in soup.select('span.math'):
         if span.find('math'): continue  # quarto has converted it
         mathml = BeautifulSoup(to_mathml(span.get_text(), 'display' in span['class']), 'html.parser')
         span.clear()
         span.append(mathml)
+    for span in soup.select('span.math.inline'):  # no line starts with the comma after a formula
+        after = span.next_sibling
+        mark = re.match(r'[.,;:!?)’”]+', after) if isinstance(after, str) else None
+        if mark:
+            after.replace_with(after[mark.end():])
+            span.wrap(soup.new_tag('span', attrs={'class': 'nobr'})).append(mark[0])
     for name, attr in LOADED.items():
         for tag in soup.find_all(name, {attr: CDN}): tag.decompose()
     for tag in soup.find_all('script', string=re.compile(r"^\s*define\('jquery'")): tag.decompose()  # for require.js
     for box in soup.select('div.callout:has(> .callout-header[data-bs-toggle])'): fold(soup, box)
     for table in soup.select('main table'):
         if not table.find_parent(class_='sd-table'): table.wrap(soup.new_tag('div', attrs={'class': 'sd-table'}))
+    bar, home = soup.select_one('.quarto-secondary-nav .d-flex'), soup.select_one('.sidebar-title a')
+    if bar and home and not bar.find('a'):  # smalldocs leaves a phone's top bar without the site's name
+        title = soup.new_tag('a', href=home['href'], attrs={'class': 'bar-title'})
+        title.string = home.get_text()
+        bar.append(title)
     if not soup.select_one('a.skip'):
         skip = soup.new_tag('a', href='#quarto-document-content', attrs={'class': 'skip'})
         skip.string = 'Skip to the content'
