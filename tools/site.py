@@ -67,18 +67,18 @@ def figure(
     caption: str='', # a line below the picture
 ) -> str: # HTML that holds the picture itself
     "A picture as a figure; small ones are enlarged by a whole factor with crisp pixels."
-    wide = ''
+    kind = 'figure'
     if mime == 'image/svg+xml': data, size = base64.b64encode(data.encode()).decode(), ''
     else:
         w, h = Image.open(io.BytesIO(base64.b64decode(data))).size
         scale = max(1, 224//max(w, h))
         crisp = ' data-pixels="true"' if scale > 1 or mime == 'image/gif' else ''
-        wide = ' wide' if w*scale > 560 else ''  # on a phone it scrolls, and is not made too small to see
+        if w*scale > 560: kind = 'figure wide'  # it scrolls on a phone, instead of getting tiny
         size = f' width="{w*scale}" height="{h*scale}"{crisp}'
     alt = f' alt="{html.escape(alt)}"' if alt else ''
     caption = f'\n<figcaption>{inline(caption)}</figcaption>' if caption else ''
     src = f'data:{mime};base64,{"".join(data.split())}'
-    return f'<figure class="figure{wide}">\n<img src="{src}"{alt} class="figure-img img-fluid"{size}>{caption}\n</figure>'
+    return f'<figure class="{kind}">\n<img src="{src}"{alt} class="figure-img img-fluid"{size}>{caption}\n</figure>'
 
 
 def merge_streams(outputs: list) -> list:
