@@ -227,7 +227,7 @@ def printed(text):
     return {'output_type': 'stream', 'text': text}
 
 
-PICTURE = {'output_type': 'display_data', 'data': {'image/png': 'aGVsbG8/work/x'}}
+PICTURE = {'output_type': 'display_data', 'data': {'image/png': 'aGVsbG8/home/x'}}
 ERROR = {'output_type': 'error', 'ename': 'E', 'evalue': 'no'}
 GOOD = {'cells': [cell('---\ntitle: "01 · A"\ndescription: "b"\n---', kind='raw'),
                   cell('#| fig-alt: "A seven, white on black"\nx;', PICTURE), cell('print(1)', printed('1 of 3/4'))] +
