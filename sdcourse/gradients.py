@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NOT_A_DIGIT', 'DigitClassifier', 'random_strokes', 'not_digits', 'random_affine', 'training_batch', 'accuracy',
-           'train_classifier', 'input_gradient', 'blur', 'follow_gradient', 'synthesize']
+           'train_classifier', 'input_gradient', 'blur', 'follow_gradient', 'check_labels', 'synthesize']
 
 # %% ../nbs/02_gradients.ipynb #de97c714
 import math
@@ -224,8 +224,10 @@ def follow_gradient(
     return x
 
 # %% ../nbs/02_gradients.ipynb #daae36b9
-def _check_labels(labels):
-    "The labels as a tensor; raises `ValueError` unless they are whole numbers from 0 to 9."
+def check_labels(
+    labels:Sequence[int]|Tensor, # what a user passed
+) -> Tensor: # the same as a tensor, (n,)
+    "Labels as a tensor; raises `ValueError` unless they are one or more whole numbers from 0 to 9."
     try: checked = torch.as_tensor(list(labels))
     except (TypeError, ValueError, RuntimeError): checked = torch.empty(0)
     whole = checked.ndim == 1 and len(checked) and checked.dtype == torch.int64
@@ -243,7 +245,7 @@ def synthesize(
     weights:str|Path='noisy_classifier', # shipped weights or a folder made by `train_classifier`
 ) -> Tensor: # float32 in [-1, 1], (n,1,28,28), on the CPU
     "New handwritten digits, drawn by following a classifier's gradient. Raises `ValueError` for bad arguments."
-    labels = _check_labels(labels)
+    labels = check_labels(labels)
     if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be at least 1, not {steps!r}')
     if not isinstance(seed, int): raise ValueError(f'seed must be a whole number, not {seed!r}')
     generator = torch.Generator().manual_seed(seed)
