@@ -1,4 +1,4 @@
-# `make` draws a sheet of new digits, `make test` checks everything, `make help` lists the rest.
+# `make` draws a sheet of new digits out of pure noise, `make test` checks everything, `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= digits.png
@@ -22,15 +22,15 @@ unexport VIRTUAL_ENV
 .PHONY: all install dev test check browser notebooks site benchmark lessons execute constraints clean distclean help
 
 all: install
-	@$(BIN)/sdcourse synthesize -o $(OUTPUT)
+	@$(BIN)/sdcourse digits -o $(OUTPUT)
 
 help:
-	@echo 'make              install into $(VENV) and draw a sheet of new digits, $(OUTPUT)'
+	@echo 'make              install into $(VENV) and draw digits out of pure noise, $(OUTPUT)'
 	@echo 'make test         every check: the quick ones, all notebooks, the site, pytest with a browser'
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
 	@echo 'make site         build the documentation into _docs/'
-	@echo 'make benchmark    what the lessons cost on this machine'
+	@echo 'make benchmark    what the lessons cost on this machine, and how good the digits are'
 	@echo 'make execute      run every notebook from a fresh kernel and save the outputs'
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'
 	@echo 'make constraints  write the installed versions down in constraints.txt'
@@ -80,7 +80,8 @@ test: check browser notebooks site
 	@chromium=$$($(RUN) tools/chromium.py) && $(WITHIN) CHROMIUM="$$chromium" python -m pytest
 
 benchmark: dev
-	@$(WITHIN) python benchmarks/gradients.py
+	@$(WITHIN) python benchmarks/gradients.py --json benchmarks/gradients.json
+	@$(WITHIN) python benchmarks/digits.py --json benchmarks/digits.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs

@@ -15,7 +15,7 @@ from .data import Digits, mnist
 from .gradients import DigitClassifier, check_labels
 from .images import _whole
 
-# %% ../nbs/07_metrics.ipynb #91447396
+# %% ../nbs/07_metrics.ipynb #00c1a3d9
 def random_digits(
     split:str='train', # 'train' or 'test'
     n:int=10_000, # how many, at most 60,000 or 10,000
@@ -25,10 +25,16 @@ def random_digits(
     digits = mnist(split)
     if _whole(n, 'n', 1) > len(digits.labels):
         raise ValueError(f'n must be at most {len(digits.labels)}, the digits in {split!r}, got {n}')
-    rows = torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(seed))[:n]
+    generator = torch.Generator().manual_seed(_whole(seed, 'seed', 0))
+    rows = torch.randperm(len(digits.labels), generator=generator)[:n]
     return Digits(digits.images[rows], digits.labels[rows])
 
-# %% ../nbs/07_metrics.ipynb #459799da
+# %% ../nbs/07_metrics.ipynb #b307ca07
+def _check_finite(values, name):
+    "Raises `ValueError` for NaN and infinity."
+    bad = (~values.isfinite()).sum().item()
+    if bad: raise ValueError(f'{name} must be numbers, got {bad} values that are NaN or infinite')
+
 @torch.no_grad()
 def features(
     images:Tensor, # pictures in [-1, 1], (n,1,28,28)
@@ -38,21 +44,21 @@ def features(
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[1:] != (1, 28, 28):
         got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f'images must be a floating-point tensor (n,1,28,28), got {got}')
-    if not len(images) or not images.isfinite().all(): raise ValueError(
-        f'images must be one or more, without NaN or infinity, got {len(images)}, {(~images.isfinite()).sum()} such values')
+    if not len(images): raise ValueError('at least one picture is needed, got none')
+    _check_finite(images, 'images')
     model = model or DigitClassifier.from_pretrained('classifier')
-    if model.training: raise ValueError('the model is in training mode, where features depend on the batch: model.eval()')
+    if model.training: raise ValueError('the model is in training mode, its features depend on the batch: model.eval()')
     found = [model.features(x.to(model.device, model.dtype)).mean((2, 3)) for x in images.split(500)]
     return torch.cat(found).cpu().double()
 
-# %% ../nbs/07_metrics.ipynb #de533de9
+# %% ../nbs/07_metrics.ipynb #a5ec0b43
 def _check_table(table, name, least=2):
     "A table of features as float64 on the CPU; raises `ValueError` for another shape, too few rows or NaN."
     if not isinstance(table, Tensor) or table.ndim != 2 or not table.is_floating_point():
         got = f'{table.dtype} {tuple(table.shape)}' if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f'{name} must be a floating-point tensor (n,d), a row for each picture, got {got}')
     if len(table) < least: raise ValueError(f'{name} needs at least {least} rows, got {len(table)}')
-    if not table.isfinite().all(): raise ValueError(f'{name} has {(~table.isfinite()).sum()} values that are NaN or infinite')
+    _check_finite(table, name)
     return table.detach().cpu().double()
 
 def _check_tables(fake, real, least=2):
@@ -150,7 +156,7 @@ def precision_recall(
     fake, real = _check_tables(fake, real, _whole(k, 'k', 1) + 1)
     return covered(fake, real, radii(real, k)).mean().item(), covered(real, fake, radii(fake, k)).mean().item()
 
-# %% ../nbs/07_metrics.ipynb #7725fef0
+# %% ../nbs/07_metrics.ipynb #2a022e84
 def bootstrap(
     metric:Callable, # a function of the tables that returns a number
     *tables:Tensor, # what it is computed from, all with n rows that belong together
@@ -160,48 +166,49 @@ def bootstrap(
 ) -> tuple[float, float]: # from, to
     """95 % interval of a metric: its scatter over random halves of the rows, around its value for all rows
     (Politis and Romano, 1994). Raises `ValueError` for tables of different length, or less than 4 rows"""
-    n, *others = map(len, tables)
-    if any(other != n for other in others) or n < 4:
-        raise ValueError(f'the tables must have equally many rows, at least 4, got {", ".join(map(str, map(len, tables)))}')
-    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(table) for table in tables]
+    n = min(lengths, default=0)
+    if n < 4 or n != max(lengths):
+        raise ValueError(f'the tables must have equally many rows, at least 4, got {lengths}')
+    generator = torch.Generator().manual_seed(_whole(seed, 'seed', 0))
     halves = [torch.randperm(n, generator=generator)[:n//2] for _ in range(_whole(repeats, 'repeats', 40))]
     values = torch.tensor([float(metric(*[table[rows] for table in tables])) for rows in halves], dtype=torch.float64)
     around = float(metric(*tables)) + values - values.mean()
     return tuple(around.quantile(around.new_tensor([.025, .975])).clamp(*limits).tolist())
 
-# %% ../nbs/07_metrics.ipynb #ef0220b9
+# %% ../nbs/07_metrics.ipynb #7d23485b
 def _measures(fake, real, right, k):
     "Each metric: a function, the tables that it is computed from, and its smallest and largest possible value."
-    bell, peers = gaussian(real), real[:len(fake)]
+    bell, peers, inf = gaussian(real), real[:len(fake)], math.inf
     similar, inside, among = _between(fake, peers), covered(fake, peers, radii(peers, k)), _within(peers)
     return {'label_accuracy': (torch.mean, (right,), (0, 1)),
-            'fid': (lambda fake: gaussian_distance(gaussian(fake), bell), (fake,), (0, math.inf)),
-            'kid': (lambda fake, similar: _within(fake) + among - 2*similar.mean(), (fake, similar), (-math.inf, math.inf)),
+            'fid': (lambda fake: gaussian_distance(gaussian(fake), bell), (fake,), (0, inf)),
+            'kid': (lambda fake, similar: _within(fake) + among - 2*similar.mean(), (fake, similar), (-inf, inf)),
             'precision': (torch.mean, (inside,), (0, 1)),
             'recall': (lambda fake: covered(peers, fake, radii(fake, k)).mean(), (fake,), (0, 1))}
 
-# %% ../nbs/07_metrics.ipynb #39811255
+# %% ../nbs/07_metrics.ipynb #5c7b8d6b
 def evaluate(
     images:Tensor, # generated pictures in [-1, 1], (n,1,28,28), n at least 194
     labels:Sequence[int]|Tensor, # the digits that were asked for, 0 to 9, (n,)
     real:Tensor|None=None, # features of at least n real pictures; None: of 10,000 (or n) random training digits
     model:DigitClassifier|None=None, # in eval mode; None: the shipped 'classifier'
-    k:int=3, # for precision and recall
+    k:int=3, # for precision and recall; below half of n
     repeats:int=200, # for the intervals
     seed:int=0, # likewise
 ) -> dict: # n, n_real, and of each metric the value and its 95 % interval, low and high: plain numbers
-    "Label accuracy, FID, KID, precision and recall. Raises `ValueError` for pictures and labels that can't be evaluated."
+    "Label accuracy, FID, KID, precision and recall. Raises `ValueError` for what can't be evaluated."
     model = model or DigitClassifier.from_pretrained('classifier')
     fake, labels = features(images, model), check_labels(labels)
     n, d = fake.shape
     if len(labels) != n: raise ValueError(f'each picture needs its label: {n} pictures, got {len(labels)} labels')
-    if n < 2*d + 2: raise ValueError(f'at least {2*d + 2} pictures are needed (half of them above {d} features), got {n}')
+    if n < 2*d + 2: raise ValueError(f'at least {2*d + 2} pictures are needed, two for each feature, got {n}')
     if real is None: real = features(random_digits(n=max(n, 10_000)).images, model)
-    fake, real = _check_tables(fake, real, _whole(k, 'k', 1) + 1)
+    fake, real = _check_tables(fake, real, 2*_whole(k, 'k', 1) + 2)
     if len(real) < n: raise ValueError(f'real must have as many rows as there are pictures, {n}, got {len(real)}')
     with torch.no_grad(): read = model.head(fake.to(model.dtype).to(model.device)).argmax(1).cpu()
     found = {}
-    for name, (metric, tables, limits) in _measures(fake, real, (read == labels.cpu()).double(), k).items():
+    for name, (metric, tables, limits) in _measures(fake, real, (read == labels).double(), k).items():
         low, high = bootstrap(metric, *tables, repeats=repeats, seed=seed, limits=limits)
         found[name] = dict(value=float(metric(*tables)), low=low, high=high)
     return dict(n=n, n_real=len(real), **found)

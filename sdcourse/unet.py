@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'BLOCKS', 'timestep_embedding', 'TimestepEmbedding', 'ResnetBlock2D', 'Downsample2D', 'Upsample2D',
-           'Attention', 'GEGLU', 'FeedForward', 'BasicTransformerBlock', 'Transformer2DModel', 'DownBlock', 'UpBlock',
-           'MidBlock', 'UNet2DConditionModel']
+           'Attention', 'GEGLU', 'FeedForward', 'BasicTransformerBlock', 'Transformer2DModel', 'DownBlock', 'MidBlock',
+           'UpBlock', 'UNet2DConditionModel']
 
 # %% ../nbs/05_unet.ipynb #81766fc6
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .model import Model
 
-# %% ../nbs/05_unet.ipynb #86b1c6b6
+# %% ../nbs/05_unet.ipynb #ba3e54f3
 def timestep_embedding(
     t:Tensor, # timesteps, (b,)
     dim:int, # width of the embedding, even
@@ -27,7 +27,8 @@ def timestep_embedding(
 ) -> Tensor: # (b,dim) float32, in [-1, 1]
     "Sines and cosines of the timestep at `dim/2` frequencies (Vaswani et al., 2017; DDPM, 2020)."
     half = dim//2
-    rates = torch.exp(-math.log(max_period)*torch.arange(half, dtype=torch.float32, device=t.device)/(half - freq_shift))
+    powers = -math.log(max_period)*torch.arange(half, dtype=torch.float32, device=t.device)/(half - freq_shift)
+    rates = torch.exp(powers)
     angles = t[:, None].float()*rates                                     # (b,dim/2)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(waves, dim=1)
@@ -48,7 +49,7 @@ class TimestepEmbedding(nn.Module):
         "Linear, SiLU, linear."
         return self.linear_2(F.silu(self.linear_1(waves)))
 
-# %% ../nbs/05_unet.ipynb #d5727617
+# %% ../nbs/05_unet.ipynb #6e47696b
 class ResnetBlock2D(nn.Module):
     "Two convolutions that correct their input instead of replacing it (He et al., 2015), told the time in between."
     def __init__(self,
@@ -59,9 +60,10 @@ class ResnetBlock2D(nn.Module):
         eps:float=1e-5, # of the group normalization
     ):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, in_channels, eps), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, in_channels, eps), conv(in_channels, out_channels)
         if temb_channels is not None: self.time_emb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, out_channels, eps), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, out_channels, eps), conv(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self,
@@ -130,7 +132,7 @@ class Attention(nn.Module):
                    for w in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-# %% ../nbs/05_unet.ipynb #8ce6641b
+# %% ../nbs/05_unet.ipynb #7d8034d0
 class GEGLU(nn.Module):
     "A linear layer of which one half decides how much of the other passes (Shazeer, 2020)."
     def __init__(self,
@@ -147,13 +149,14 @@ class GEGLU(nn.Module):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value*F.gelu(gate)
 
+# %% ../nbs/05_unet.ipynb #ff85c533
 class FeedForward(nn.Module):
     "Each place thinks for itself: widen four times, gate, come back."
     def __init__(self,
         dim:int, # width in and out
     ):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4*dim), nn.Identity(), nn.Linear(4*dim, dim)) # the reference has a dropout at 1
+        self.net = nn.Sequential(GEGLU(dim, 4*dim), nn.Identity(), nn.Linear(4*dim, dim)) # theirs: a dropout at 1
 
     def forward(self,
         x:Tensor, # (b,n,dim)
@@ -183,7 +186,7 @@ class BasicTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
-# %% ../nbs/05_unet.ipynb #e1a86242
+# %% ../nbs/05_unet.ipynb #13ff7496
 class Transformer2DModel(nn.Module):
     "A picture as a row of places, through transformer blocks, and a picture again."
     def __init__(self,
@@ -196,26 +199,29 @@ class Transformer2DModel(nn.Module):
     ):
         super().__init__()
         self.use_linear_projection = use_linear_projection
-        def projection(): return nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
-        self.norm, self.proj_in, self.proj_out = nn.GroupNorm(groups, channels, 1e-6), projection(), projection()
+        projection = nn.Linear if use_linear_projection else partial(nn.Conv2d, kernel_size=1)
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in, self.proj_out = projection(channels, channels), projection(channels, channels)
         self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, heads, cross_attention_dim)
                                                 for _ in range(num_layers))
 
-    def forward(self,
-        x:Tensor, # (b,c,h,w)
-        context:Tensor|None=None, # the prompt, (b,m,cross_attention_dim)
-    ) -> Tensor: # (b,c,h,w)
-        "x + what the blocks make of it."
-        h, size = self.norm(x), x.shape[2:]
-        if not self.use_linear_projection: h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)                                  # (b,c,h,w) -> (b,h·w,c)
-        if self.use_linear_projection: h = self.proj_in(h)
-        for block in self.transformer_blocks: h = block(h, context)
-        if self.use_linear_projection: h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, size)                          # and back
-        return x + (h if self.use_linear_projection else self.proj_out(h))
+# %% ../nbs/05_unet.ipynb #a8727da7
+@patch
+def forward(self:Transformer2DModel,
+    x:Tensor, # (b,c,h,w)
+    context:Tensor|None=None, # the prompt, (b,m,cross_attention_dim)
+) -> Tensor: # (b,c,h,w)
+    "x + what the blocks make of it."
+    h, size = self.norm(x), x.shape[2:]
+    if not self.use_linear_projection: h = self.proj_in(h)
+    h = h.flatten(2).transpose(1, 2)                                  # (b,c,h,w) -> (b,h·w,c)
+    if self.use_linear_projection: h = self.proj_in(h)
+    for block in self.transformer_blocks: h = block(h, context)
+    if self.use_linear_projection: h = self.proj_out(h)
+    h = h.transpose(1, 2).unflatten(2, size)                          # and back
+    return x + (h if self.use_linear_projection else self.proj_out(h))
 
-# %% ../nbs/05_unet.ipynb #080ea8fd
+# %% ../nbs/05_unet.ipynb #e2976e38
 class DownBlock(nn.Module):
     "ResNets, each followed by an attention if there is one, then half the size: `DownBlock2D`, `CrossAttnDownBlock2D`."
     def __init__(self,
@@ -230,24 +236,48 @@ class DownBlock(nn.Module):
         super().__init__()
         channels = [in_channels] + [out_channels]*layers
         self.resnets = nn.ModuleList(resnet(a, b) for a, b in zip(channels, channels[1:]))
-        if heads: self.attentions = nn.ModuleList(attention(out_channels, heads) for _ in range(layers))
+        if heads is not None: self.attentions = nn.ModuleList(attention(out_channels, heads) for _ in range(layers))
         if downsample: self.downsamplers = nn.ModuleList([Downsample2D(out_channels)])
 
+# %% ../nbs/05_unet.ipynb #45b8bbf8
+@patch
+def forward(self:DownBlock,
+    x:Tensor, # (b,in_channels,h,w)
+    temb:Tensor, # time embedding
+    context:Tensor|None=None, # the prompt
+) -> tuple[Tensor, list[Tensor]]: # the result, and all results on the way, which the way up needs
+    "The way down."
+    skips = []
+    for i, resnet in enumerate(self.resnets):
+        x = resnet(x, temb)
+        if hasattr(self, 'attentions'): x = self.attentions[i](x, context)
+        skips.append(x)
+    if hasattr(self, 'downsamplers'): skips.append(x := self.downsamplers[0](x))
+    return x, skips
+
+# %% ../nbs/05_unet.ipynb #74fad420
+class MidBlock(nn.Module):
+    "The lowest floor: ResNet, and if there is attention: attention, ResNet."
+    def __init__(self,
+        resnet:Callable, # (channels in, channels out) -> `ResnetBlock2D`
+        attention:Callable, # (channels, heads) -> `Transformer2DModel`
+        channels:int, # in and out
+        heads:int|None, # of the attention; None: no attention, one ResNet only
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(1 if heads is None else 2))
+        if heads is not None: self.attentions = nn.ModuleList([attention(channels, heads)])
+
     def forward(self,
-        x:Tensor, # (b,in_channels,h,w)
+        x:Tensor, # (b,channels,h,w)
         temb:Tensor, # time embedding
         context:Tensor|None=None, # the prompt
-    ) -> tuple[Tensor, list[Tensor]]: # the result, and all results on the way, which the way up needs
-        "The way down."
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            if hasattr(self, 'attentions'): x = self.attentions[i](x, context)
-            skips.append(x)
-        if hasattr(self, 'downsamplers'): skips.append(x := self.downsamplers[0](x))
-        return x, skips
+    ) -> Tensor: # the same shape
+        "Where every place is near every other."
+        x = self.resnets[0](x, temb)
+        return self.resnets[1](self.attentions[0](x, context), temb) if hasattr(self, 'attentions') else x
 
-# %% ../nbs/05_unet.ipynb #960a7e9f
+# %% ../nbs/05_unet.ipynb #9b3b3cf5
 class UpBlock(nn.Module):
     "The mirror image of a `DownBlock`, whose results it gets to see: `UpBlock2D`, `CrossAttnUpBlock2D`."
     def __init__(self,
@@ -262,47 +292,28 @@ class UpBlock(nn.Module):
         super().__init__()
         channels = [in_channels] + [out_channels]*(len(skip_channels) - 1)
         self.resnets = nn.ModuleList(resnet(a + s, out_channels) for a, s in zip(channels, skip_channels))
-        if heads: self.attentions = nn.ModuleList(attention(out_channels, heads) for _ in skip_channels)
+        if heads is not None: self.attentions = nn.ModuleList(attention(out_channels, heads) for _ in skip_channels)
         if upsample: self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
 
-    def forward(self,
-        x:Tensor, # (b,in_channels,h,w)
-        skips:list[Tensor], # results of the way down; those used are removed from the end
-        temb:Tensor, # time embedding
-        context:Tensor|None=None, # the prompt
-    ) -> Tensor: # (b,out_channels,h,w), or the size of the next skip
-        "The way up."
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
-            if hasattr(self, 'attentions'): x = self.attentions[i](x, context)
-        return self.upsamplers[0](x, skips[-1].shape[2:]) if hasattr(self, 'upsamplers') else x
+# %% ../nbs/05_unet.ipynb #b4a320be
+@patch
+def forward(self:UpBlock,
+    x:Tensor, # (b,in_channels,h,w)
+    skips:list[Tensor], # results of the way down; those used are removed from the end
+    temb:Tensor, # time embedding
+    context:Tensor|None=None, # the prompt
+) -> Tensor: # (b,out_channels,h,w), or the size of the next skip
+    "The way up."
+    for i, resnet in enumerate(self.resnets):
+        x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+        if hasattr(self, 'attentions'): x = self.attentions[i](x, context)
+    return self.upsamplers[0](x, skips[-1].shape[2:]) if hasattr(self, 'upsamplers') else x
 
-# %% ../nbs/05_unet.ipynb #55f88c61
-class MidBlock(nn.Module):
-    "The lowest floor: ResNet, and if there is attention: attention, ResNet."
-    def __init__(self,
-        resnet:Callable, # (channels in, channels out) -> `ResnetBlock2D`
-        attention:Callable, # (channels, heads) -> `Transformer2DModel`
-        channels:int, # in and out
-        heads:int|None, # of the attention; None: no attention, one ResNet only
-    ):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(2 if heads else 1))
-        if heads: self.attentions = nn.ModuleList([attention(channels, heads)])
-
-    def forward(self,
-        x:Tensor, # (b,channels,h,w)
-        temb:Tensor, # time embedding
-        context:Tensor|None=None, # the prompt
-    ) -> Tensor: # the same shape
-        "Where every place is near every other."
-        x = self.resnets[0](x, temb)
-        return self.resnets[1](self.attentions[0](x, context), temb) if hasattr(self, 'attentions') else x
-
-# %% ../nbs/05_unet.ipynb #52cc69ba
+# %% ../nbs/05_unet.ipynb #fe56655f
 # arguments of the reference that Stable Diffusion 1 and 2 leave at these values: accepted with them alone
-FIXED = dict(center_input_sample=False, only_cross_attention=False, downsample_padding=1, mid_block_scale_factor=1,
-    dropout=0., act_fn='silu', reverse_transformer_layers_per_block=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
+FIXED = dict(
+    center_input_sample=False, only_cross_attention=False, downsample_padding=1, mid_block_scale_factor=1, dropout=0.,
+    act_fn='silu', reverse_transformer_layers_per_block=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
     num_attention_heads=None, dual_cross_attention=False, class_embed_type=None, addition_embed_type=None,
     addition_time_embed_dim=None, resnet_time_scale_shift='default', resnet_skip_time_act=False,
     resnet_out_scale_factor=1., time_embedding_type='positional', time_embedding_dim=None, time_embedding_act_fn=None,
@@ -354,7 +365,7 @@ def _way_up(block, channels, heads, skips):
         blocks.append(block(before, side, after, heads[i], i < len(channels) - 1))
     return blocks
 
-# %% ../nbs/05_unet.ipynb #166aa48b
+# %% ../nbs/05_unet.ipynb #9402d3cd
 class UNet2DConditionModel(Model):
     "The U-Net of Stable Diffusion 1 and 2 (Ronneberger et al., 2015; Rombach et al., 2022), in the reference's names."
     def __init__(self,
@@ -378,23 +389,29 @@ class UNet2DConditionModel(Model):
         upcast_attention:bool=False, # a note of Stable Diffusion 2.1 in half precision; nothing depends on it
     ):
         super().__init__()
-        channels, n = list(block_out_channels), len(block_out_channels)
-        heads = _one_each(attention_head_dim, n, 'attention_head_dim')
-        _check_config(down_block_types, mid_block_type, up_block_types, channels, norm_num_groups)
-        temb = 4*channels[0]
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], temb)
-        if num_class_embeds is not None: self.class_embedding = nn.Embedding(num_class_embeds, temb)
-        resnet = partial(ResnetBlock2D, temb_channels=temb, groups=norm_num_groups, eps=norm_eps)
-        attention = partial(Transformer2DModel, cross_attention_dim=cross_attention_dim, groups=norm_num_groups,
-                            num_layers=transformer_layers_per_block, use_linear_projection=use_linear_projection)
-        blocks = [partial(kind, resnet, attention) for kind in (DownBlock, MidBlock, UpBlock)]
-        self.down_blocks, skips = _way_down(blocks[0], channels, _crossing(down_block_types, heads), layers_per_block)
-        middle = _crossing([mid_block_type or ''], heads[-1:])
-        self.mid_block = blocks[1](channels[-1], *middle) if mid_block_type else None
-        self.up_blocks = _way_up(blocks[2], channels[::-1], _crossing(up_block_types, heads[::-1]), skips)
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self._build()
+
+# %% ../nbs/05_unet.ipynb #59d2b913
+@patch
+def _build(self:UNet2DConditionModel):
+    "All layers, from the config; raises `ValueError` for one that does not fit together"
+    c, channels = self.config, list(self.config.block_out_channels)
+    heads = _one_each(c.attention_head_dim, len(channels), 'attention_head_dim')
+    _check_config(c.down_block_types, c.mid_block_type, c.up_block_types, channels, c.norm_num_groups)
+    temb = 4*channels[0]
+    self.conv_in = nn.Conv2d(c.in_channels, channels[0], 3, padding=1)
+    self.time_embedding = TimestepEmbedding(channels[0], temb)
+    if c.num_class_embeds is not None: self.class_embedding = nn.Embedding(c.num_class_embeds, temb)
+    resnet = partial(ResnetBlock2D, temb_channels=temb, groups=c.norm_num_groups, eps=c.norm_eps)
+    attention = partial(Transformer2DModel, cross_attention_dim=c.cross_attention_dim, groups=c.norm_num_groups,
+                        num_layers=c.transformer_layers_per_block, use_linear_projection=c.use_linear_projection)
+    blocks = [partial(kind, resnet, attention) for kind in (DownBlock, MidBlock, UpBlock)]
+    self.down_blocks, skips = _way_down(blocks[0], channels, _crossing(c.down_block_types, heads), c.layers_per_block)
+    middle = _crossing([c.mid_block_type or ''], heads[-1:])
+    self.mid_block = blocks[1](channels[-1], *middle) if c.mid_block_type else None
+    self.up_blocks = _way_up(blocks[2], channels[::-1], _crossing(c.up_block_types, heads[::-1]), skips)
+    self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
+    self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
 
 # %% ../nbs/05_unet.ipynb #1e6f17f6
 @patch

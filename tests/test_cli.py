@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from test_digits import make_tiny
 
-from sdcourse import cli, gradients, model
+from sdcourse import cli, digits, gradients, model
 from sdcourse.cli import main
 
 
@@ -27,6 +29,18 @@ def terminal(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         return code, said.out, said.err
     return run
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A folder with a U-Net that has learned nothing: what it draws is quickly drawn"
+    return make_tiny(tmp_path_factory.mktemp('weights')/'tiny')
+
+
+@pytest.fixture(params=['synthesize', 'digits'])
+def drawing(request, tiny):
+    "The first words of each command that draws"
+    return [request.param, '--weights', tiny if request.param == 'digits' else 'noisy_classifier']
 
 
 def left():
@@ -43,13 +57,16 @@ def test_help_is_quick():
         start = time.perf_counter()
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         times.append(time.perf_counter() - start)
-    assert all(word in out for word in ('synthesize', 'train', 'lessons', 'info')), out
+    assert all(word in out for word in ('digits', 'synthesize', 'train', 'lessons', 'info')), out
     assert min(times) < 0.5, times
 
 
-@pytest.mark.parametrize('command', ['synthesize', 'train', 'lessons', 'info'])
+COMMANDS = ['digits', 'synthesize', 'train', 'train classifier', 'train digits', 'lessons', 'info']
+
+
+@pytest.mark.parametrize('command', COMMANDS)
 def test_help(terminal, command):
-    code, out, err = terminal(command, '--help')
+    code, out, err = terminal(*command.split(), '--help')
     assert code == 0 and command in out and not err
 
 
@@ -63,8 +80,8 @@ def test_version(terminal):
     assert terminal('--version') == (0, f'sdcourse {__version__}\n', '')
 
 
-def test_synthesize(terminal):
-    code, out, err = terminal('synthesize', '3141', '--n', 2, '--steps', 2, '--seed', 5, '-o', 'a.png')
+def test_draw(terminal, drawing):
+    code, out, err = terminal(*drawing, '3141', '--n', 2, '--steps', 2, '--seed', 5, '-o', 'a.png')
     assert code == 0 and left() == ['a.png']
     assert re.fullmatch(r'a\.png: 8 digits in \d+\.\d s on \w+; --seed 5 draws the same again\n', out), out
     assert '2/2' in err, 'a progress bar'
@@ -73,17 +90,17 @@ def test_synthesize(terminal):
         assert picture.format == 'PNG' and width > 4*28 and width > 1.8*height
 
 
-def test_same_seed_same_sheet(terminal):
+def test_same_seed_same_sheet(terminal, drawing):
     for name, seed in [('a.png', 1), ('b.png', 1), ('c.png', 2)]:
-        assert terminal('synthesize', '7', '--n', 1, '--steps', 2, '--seed', seed, '-o', name)[0] == 0
+        assert terminal(*drawing, '7', '--n', 1, '--steps', 2, '--seed', seed, '-o', name)[0] == 0
     a, b, c = (Path(f'{name}.png').read_bytes() for name in 'abc')
     assert a == b != c
 
 
-def test_printed_seed_repeats(terminal):
-    _, out, _ = terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', 'a.png')
+def test_printed_seed_repeats(terminal, drawing):
+    _, out, _ = terminal(*drawing, '7', '--n', 1, '--steps', 1, '-o', 'a.png')
     seed = re.search(r'--seed (\d+)', out)[1]
-    terminal('synthesize', '7', '--n', 1, '--steps', 1, '-o', 'b.png', '--seed', seed)
+    terminal(*drawing, '7', '--n', 1, '--steps', 1, '-o', 'b.png', '--seed', seed)
     assert Path('a.png').read_bytes() == Path('b.png').read_bytes()
 
 
@@ -99,10 +116,57 @@ def test_defaults(terminal, monkeypatch):
     assert seen['dtype'] is torch.float32 and seen['device'] == model.default_device()
 
 
-def test_gif(terminal):
-    code, out, _ = terminal('synthesize', '70', '--n', 1, '--steps', 5, '-o', 'a.png', '--gif')
+def test_gif(terminal, drawing):
+    code, out, _ = terminal(*drawing, '70', '--n', 1, '--steps', 5, '-o', 'a.png', '--gif')
     assert code == 0 and left() == ['a.gif', 'a.png'] and 'a.png and a.gif' in out
     with Image.open('a.gif') as animation: assert animation.n_frames == 5
+
+
+def test_digits_defaults(terminal, monkeypatch):
+    "What was not typed is left to `sample`"
+    seen = {}
+    def sample(labels, num_inference_steps=3, **words):
+        seen.update(words, labels=labels, steps=num_inference_steps)
+        return torch.zeros(len(labels), 1, 28, 28)
+    monkeypatch.setattr(digits, 'sample', sample)
+    code, out, _ = terminal('digits')
+    assert code == 0 and left() == ['digits.png'] and out.startswith('digits.png: 50 digits')
+    assert seen.pop('generator').initial_seed() == int(re.search(r'--seed (\d+)', out)[1]) and seen.pop('on_step')
+    assert seen == dict(labels=[*range(10)]*5, steps=3, dtype=torch.float32, device=model.default_device())
+
+
+def test_digits_words(terminal, monkeypatch):
+    seen = {}
+    def sample(labels, num_inference_steps=3, **words):
+        seen.update(words, labels=labels, steps=num_inference_steps)
+        return torch.zeros(len(labels), 1, 28, 28)
+    monkeypatch.setattr(digits, 'sample', sample)
+    line = '31 --n 1 --steps 7 --guidance 2.5 --scheduler ddpm --seed 5 --device cpu --dtype bfloat16 --weights mine'
+    assert terminal('digits', *line.split())[0] == 0
+    assert seen.pop('generator').initial_seed() == 5 and seen.pop('on_step')
+    assert seen == dict(labels=[3, 1], steps=7, guidance_scale=2.5, scheduler='ddpm', dtype=torch.bfloat16,
+                        device=torch.device('cpu'), weights='mine')
+
+
+def test_guidance_and_scheduler(terminal, tiny):
+    words = ['digits', '7', '--weights', tiny, '--n', 1, '--steps', 4, '--seed', 0, '-o']
+    changes = {'a': [], 'b': ['--guidance', 1], 'c': ['--scheduler', 'ddpm'], 'd': ['--scheduler', 'ddim']}
+    for name, more in changes.items(): assert terminal(*words, f'{name}.png', *more)[0] == 0
+    a, b, c, d = (Path(f'{name}.png').read_bytes() for name in 'abcd')
+    assert a == d and len({a, b, c}) == 3
+
+
+def test_several_batches(terminal, tiny, monkeypatch):
+    "Five digits in batches of two, three steps each: one bar over all nine steps, and three whole frames"
+    monkeypatch.setattr(digits, 'sample', partial(digits.sample, bs=2))
+    words = ['digits', '31415', '--weights', tiny, '--n', 1, '--steps', 3, '--seed', 0, '--gif', '-o', 'a.png']
+    code, _, err = terminal(*words)
+    assert code == 0 and '9/9' in err
+    with Image.open('a.gif') as animation, Image.open('a.png') as picture:
+        assert animation.n_frames == 3 and animation.width/animation.height == pytest.approx(5, rel=.1)
+        animation.seek(2)
+        last = animation.convert('L').resize(picture.size, Image.Resampling.NEAREST)
+        assert sum(abs(a - b) > 8 for a, b in zip(last.tobytes(), picture.tobytes())) == 0, 'it ends with the picture'
 
 
 @pytest.mark.parametrize('suffix', cli.PICTURES)
@@ -133,8 +197,8 @@ def test_unknown_weights(terminal):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
-def test_dtype(terminal, dtype):
-    assert terminal('synthesize', '7', '--n', 1, '--steps', 1, '--dtype', dtype)[0] == 0
+def test_dtype(terminal, drawing, dtype):
+    assert terminal(*drawing, '7', '--n', 1, '--steps', 1, '--dtype', dtype)[0] == 0
 
 
 def test_train(terminal, monkeypatch):
@@ -148,6 +212,52 @@ def test_train(terminal, monkeypatch):
     assert seen == {'output': Path('mine'), 'epochs': 2, 'seed': 3, 'device': torch.device('cpu')}
 
 
+def trainer(monkeypatch, epochs=()):
+    "Put a training in the place of the real one that writes a checkpoint and is interrupted, once for each of `epochs`"
+    calls, left_to_do = [], list(epochs)
+    def train(output, **given):
+        calls.append(dict(given, output=output))
+        output.mkdir(exist_ok=True)
+        if left_to_do and left_to_do.pop(0): (output/'checkpoint.pt').write_bytes(b'')
+        if len(calls) <= len(epochs): raise KeyboardInterrupt
+        (output/'checkpoint.pt').unlink(missing_ok=True)
+        return {'seed': 3, 'losses': [{'epoch': 0, 'valid': .2}, {'epoch': 1, 'valid': .1}], 'files': {}}
+    monkeypatch.setattr(digits, 'train_digits', train)
+    return calls
+
+
+def test_train_digits(terminal, monkeypatch):
+    calls = trainer(monkeypatch)
+    line = 'train digits -o mine --epochs 2 --batch 64 --lr 0.001 --seed 3 --device cpu --dtype bfloat16'
+    code, out, _ = terminal(*line.split())
+    assert code == 0 and 'mine: trained in' in out and 'sdcourse digits --weights mine' in out and 'samples.png' in out
+    assert calls == [dict(output=Path('mine'), epochs=2, bs=64, lr=.001, seed=3, device=torch.device('cpu'),
+                          dtype=torch.bfloat16)]
+    assert re.search(r'losses +\{"epoch": 1, "valid": 0.1\}, the last of 2\n', out) and '0.2' not in out
+    calls.clear()
+    assert terminal('train', 'digits')[0] == 0
+    assert calls == [dict(output=Path('my_digits'), device=model.default_device(), dtype=torch.float32)]
+
+
+def test_interrupted_training_goes_on(terminal, monkeypatch):
+    calls = trainer(monkeypatch, [False, True])
+    code, _, err = terminal('train', 'digits', '-o', 'mine')
+    assert code == 130 and err == 'sdcourse: interrupted; no epoch was done, the same command starts again\n'
+    code, out, err = terminal('train', 'digits', '-o', 'mine')
+    assert code == 130 and 'going on' not in out
+    assert err == 'sdcourse: interrupted; the same command goes on after the last whole epoch\n'
+    code, out, err = terminal('train', 'digits', '-o', 'mine')
+    assert code == 0 and out.startswith('mine: going on from checkpoint.pt\n') and len(calls) == 3
+
+
+def test_checkpoint_that_is_none(terminal):
+    Path('mine').mkdir()
+    Path('mine/checkpoint.pt').write_bytes(b'no checkpoint')
+    code, _, err = terminal('train', 'digits', '-o', 'mine', '--device', 'cpu')
+    assert code == 2 and err.count('\n') == 1 and 'checkpoint.pt' in err and 'damaged' in err
+    assert os.listdir('mine') == ['checkpoint.pt']
+
+
 def test_info(terminal):
     code, out, _ = terminal('info')
     assert code == 0 and f'torch {torch.__version__}' in out and str(model.default_device()) in out
@@ -156,6 +266,7 @@ def test_info(terminal):
         assert name in out and all(digest in out for digest in manifest['files'].values())
         assert all(fact in out for fact in manifest if fact != 'files')
     assert out.count(' verified') >= len(model.shipped()) > 0
+    assert max(map(len, out.splitlines())) < 200, 'of a long list the last item only'
 
 
 def test_info_sees_damage(terminal, monkeypatch, tmp_path):
@@ -217,7 +328,18 @@ WRONG = {
     'unknown device': (['synthesize', '--device', 'abacus'], ["'abacus'", 'cpu']),
     'absent device': (['synthesize', '--device', 'cuda:99'], ["'cuda:99'", 'cpu']),
     'whole numbers': (['synthesize', '--dtype', 'int8'], ["'int8'", 'float32', 'bfloat16']),
-    'unknown model': (['train', 'unicorn'], ["'unicorn'", 'classifier']),
+    'digits and letters': (['digits', '12a'], ["'12a'", '0 to 9']),
+    'no step down': (['digits', '--steps', '0'], ["'0'", '1 to 1000']),
+    'negative steps down': (['digits', '--steps', '-3'], ["'-3'", '1 to 1000']),
+    'more steps than there are': (['digits', '--steps', '1001'], ["'1001'", '1 to 1000']),
+    'infinite guidance': (['digits', '--guidance', 'inf'], ["'inf'", '0 to 20']),
+    'no number for guidance': (['digits', '--guidance', 'nan'], ["'nan'", '0 to 20']),
+    'negative guidance': (['digits', '--guidance', '-1'], ["'-1'", '0 to 20']),
+    'no folder for digits': (['digits', '-o', 'no/x.png'], ['no/x.png', 'No such file']),
+    'unknown ending for digits': (['digits', '-o', 'x.bmp'], ["'x.bmp'", '.png', '.webp']),
+    'digits on an abacus': (['digits', '--device', 'abacus'], ["'abacus'", 'cpu']),
+    'digits in whole numbers': (['digits', '--dtype', 'int8'], ["'int8'", 'float32', 'bfloat16']),
+    'unknown model': (['train', 'unicorn'], ["'unicorn'", 'classifier', 'digits']),
     'no model': (['train'], ['model']),
     'no epochs': (['train', 'classifier', '--epochs', '0'], ["'0'", '1 to']),
     'no number': (['train', 'classifier', '--noise', 'nan'], ["'nan'", '0 to 10']),
@@ -225,6 +347,14 @@ WRONG = {
     'a folder in use': (['train', 'classifier', '-o', 'full'], ['full', 'new folder']),
     'a file for a folder': (['train', 'classifier', '-o', 'file'], ['file', 'new folder']),
     'a folder in a file': (['train', 'classifier', '-o', 'file/mine'], ['file/mine']),
+    'no epochs of digits': (['train', 'digits', '--epochs', '0'], ["'0'", '1 to']),
+    'no batch': (['train', 'digits', '--batch', '0'], ["'0'", '1 to']),
+    'no rate': (['train', 'digits', '--lr', '0'], ["'0'", 'number from']),
+    'half precision': (['train', 'digits', '--dtype', 'float16'], ["'float16'", 'float32', 'bfloat16']),
+    'digits on another abacus': (['train', 'digits', '--device', 'abacus'], ["'abacus'", 'cpu']),
+    'a folder in use by another': (['train', 'digits', '-o', 'full'], ['full', 'new folder']),
+    'a file for a folder of digits': (['train', 'digits', '-o', 'file'], ['file', 'new folder']),
+    'a word of the other model': (['train', 'digits', '--noise', '1'], ['--noise']),
     'lessons in a file': (['lessons', 'file/mine'], ['file/mine']),
 }
 
@@ -234,6 +364,8 @@ def test_wrong(terminal, monkeypatch, name):
     def computing(*args, **kwargs): raise AssertionError('computed before all was checked')
     monkeypatch.setattr(gradients, 'synthesize', computing)
     monkeypatch.setattr(gradients, 'train_classifier', computing)
+    monkeypatch.setattr(digits, 'denoise', computing)
+    monkeypatch.setattr(digits, 'train_digits', computing)
     for folder in ('folder.png', 'folder.gif', 'full'): Path(folder).mkdir()
     for file in ('file', 'full/mine'): Path(file).write_text('mine')
     before, (words, named) = left(), WRONG[name]
@@ -242,6 +374,18 @@ def test_wrong(terminal, monkeypatch, name):
     assert err.startswith('sdcourse') and err.count('\n') == 1 and err.endswith('\n'), err
     assert all(x in err for x in named), err
     assert left() == before
+
+
+def test_wrong_scheduler(terminal, tiny):
+    code, out, err = terminal('digits', '--weights', tiny, '--scheduler', 'euler', '-o', 'a.png')
+    assert code == 2 and not out and err.count('\n') == 1 and left() == []
+    assert "'euler'" in err and 'ddim' in err and 'ddpm' in err
+
+
+def test_weights_of_another_model(terminal):
+    for command, weights, its in [('digits', 'classifier', 'DigitClassifier'), ('synthesize', 'digits', 'UNet2D')]:
+        code, out, err = terminal(command, '--weights', weights, '-o', 'a.png')
+        assert code == 2 and not out and its in err and err.count('\n') == 1 and left() == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='everything is writable for root')
@@ -279,26 +423,43 @@ def test_interrupted(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_interrupted_training(tmp_path):
+    "Ctrl-C in the first epoch of a real training"
+    words = 'train digits -o mine --batch 4 --device cpu'.split()
+    command = [Path(sys.executable).parent/'sdcourse', *words]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = b''
+        while b'[2/' not in said and (more := process.stdout.read(1)): said += more  # the progress bar, second step
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and b'Traceback' not in err, err.decode()
+    assert err.decode().splitlines()[-1].startswith('sdcourse: interrupted; no epoch was done')
+    assert os.listdir(tmp_path/'mine') == []
+
+
+@pytest.mark.parametrize('command', ['synthesize', 'digits'])
 @pytest.mark.parametrize('spoil', [lambda b: b[:100], lambda b: b[:-8], lambda b: b[:-8] + b'tampered', lambda b: b''],
                          ids=['a stump', 'cut short', 'changed', 'empty'])
-def test_damaged_weights(terminal, monkeypatch, tmp_path, spoil):
+def test_damaged_weights(terminal, monkeypatch, tmp_path, spoil, command):
     folder = Path(shutil.copytree(model.PRETRAINED, tmp_path/'pretrained'))
     for weights in folder.rglob('*.safetensors'): weights.write_bytes(spoil(weights.read_bytes()))
     monkeypatch.setattr(model, 'PRETRAINED', folder)
-    code, out, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
+    code, out, err = terminal(command, '7', '--steps', 1, '-o', 'a.png')
     assert code == 2 and err.count('\n') == 1 and 'safetensors' in err and left() == ['pretrained']
 
 
-def test_config_that_does_not_fit(terminal, monkeypatch, tmp_path):
+@pytest.mark.parametrize('command', ['synthesize', 'digits'])
+def test_config_that_does_not_fit(terminal, monkeypatch, tmp_path, command):
     folder = Path(shutil.copytree(model.PRETRAINED, tmp_path/'pretrained'))
     for path in folder.rglob('config.json'): path.write_text(json.dumps(json.loads(path.read_text()) | {'wings': 2}))
     monkeypatch.setattr(model, 'PRETRAINED', folder)
-    code, _, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
+    code, _, err = terminal(command, '7', '--steps', 1, '-o', 'a.png')
     assert code == 2 and 'wings' in err and err.count('\n') == 1 and left() == ['pretrained']
 
 
-def test_no_weights(terminal, monkeypatch, tmp_path):
+@pytest.mark.parametrize('command, weights', [('synthesize', 'classifier'), ('digits', 'digits')])
+def test_no_weights(terminal, monkeypatch, tmp_path, command, weights):
     (tmp_path/'pretrained').mkdir()
     monkeypatch.setattr(model, 'PRETRAINED', tmp_path/'pretrained')
-    code, _, err = terminal('synthesize', '7', '--steps', 1, '-o', 'a.png')
-    assert code == 2 and 'classifier' in err and err.count('\n') == 1
+    code, _, err = terminal(command, '7', '--steps', 1, '-o', 'a.png')
+    assert code == 2 and weights in err and err.count('\n') == 1
