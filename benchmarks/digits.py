@@ -198,7 +198,7 @@ def main():
     print_quality(rows := quality(args, args.device))
     print_speed(found := speed(args, args.device), args.repeats)
     print_goals(reached := goals(rows, found))
-    settings = dict(steps=args.steps, seed=args.seed, weights=args.weights, repeats=args.repeats, batch=args.batch,
+    settings = dict(steps=args.steps, seed=args.seed, weights=str(args.weights), repeats=args.repeats, batch=args.batch,
                     train_steps=args.train_steps)
     if args.json: args.json.write_text(json.dumps(dict(machine=machine(args.device), settings=settings, quality=rows,
                                                        speed=found, goals=reached), indent=2) + '\n')

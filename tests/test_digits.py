@@ -1,6 +1,8 @@
 "Schedulers against the reference, sampling, wrong arguments, a short training, and the shipped weights."
 import json
 import math
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -488,6 +490,31 @@ def test_checkpoint_of_another_training(small, tmp_path, monkeypatch):
     assert (tmp_path/'checkpoint.pt').read_bytes() == kept
     (tmp_path/'checkpoint.pt').write_bytes(kept[:1000])
     with pytest.raises(ValueError, match='damaged'): fit(tmp_path, epochs=1)
+
+
+# ---- the benchmark
+
+def test_benchmark(root, tiny, tmp_path):
+    "It runs, prints its tables and writes the same numbers; what they say after so little means nothing"
+    command = [sys.executable, root/'benchmarks'/'digits.py', '--quick', '--weights', tiny, '--device', 'cpu']
+    done = subprocess.run([*command, '--json', tmp_path/'a.json'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path/'a.json').read_text())
+    assert found['machine']['torch'] == torch.__version__ and found['settings']['weights'] == str(tiny)
+    assert [(q['n'], q['n_real']) for q in found['quality']] == [(200, 10_000)]
+    assert all(q[k]['low'] <= q[k]['value'] <= q[k]['high'] for q in found['quality'] for k in ('fid', 'floor'))
+    assert len(found['speed']) == 5 and all(len(v) == 1 and v[0] > 0 for v in found['speed'].values())
+    assert {name: goal['goal'] for name, goal in found['goals'].items()} == {
+        'label accuracy': 'at least 0.98', 'FID / floor': 'at most 3', 'speed of training': 'at least 1.2'}
+    assert all(name in done.stdout for name in ('quality', *found['speed'], *found['goals']))
+
+
+@pytest.mark.parametrize('words, named', [('--n 100', '200 and 10000'), ('--n 20000', '200 and 10000'),
+                                          ('--repeats 0', 'at least 1')])
+def test_wrong_benchmark(root, words, named):
+    command = [sys.executable, root/'benchmarks'/'digits.py', *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr and not done.stdout
 
 
 # ---- the shipped weights
