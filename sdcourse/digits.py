@@ -48,18 +48,18 @@ UNET = dict(sample_size=14, in_channels=4, out_channels=4, block_out_channels=(4
 SCHEDULER = dict(num_train_timesteps=1000, beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction',
                  timestep_spacing='trailing', clip_sample=True)
 
-# %% ../nbs/06_digits.ipynb #0d14da84
+# %% ../nbs/06_digits.ipynb #18ba0e40
 def _sheet_callback(path, seed):
     "A fastai callback that writes a sheet of samples after each epoch, always from the same noise"
     from fastai.callback.core import Callback
     scheduler = make_scheduler(**SCHEDULER)
     noise = torch.randn(40, 4, 14, 14, generator=torch.Generator().manual_seed(seed))
-    def after_epoch(self):
+    def after_train(self):
         model, labels = self.learn.ema.average, torch.arange(40, device=self.dls.device) % 10
         scheduler.set_timesteps(25)
         *_, last = denoise(model, scheduler, noise.to(labels.device), labels)
         save_image(last.xt.clamp(-1, 1).cpu(), path, scale=2)
-    return Callback(after_epoch=after_epoch)
+    return Callback(after_train=after_train)
 
 # %% ../nbs/06_digits.ipynb #f094b4a6
 def _learner(bs, seed, device, dtype):

@@ -112,7 +112,7 @@ def cubic_kernel(
     "The polynomial kernel of KID: (a·b/d + 1)³."
     return (a @ b.T/a.shape[1] + 1)**3
 
-# %% ../nbs/07_metrics.ipynb #a0ae8cb8
+# %% ../nbs/07_metrics.ipynb #f1d393f5
 def _within(table):
     "Mean kernel of all pairs of two different rows."
     n, d = table.shape
@@ -126,7 +126,7 @@ def _between(fake, real):
 def kernel_distance(
     fake:Tensor, # features of generated pictures, (n,d), n at least 2
     real:Tensor, # features of real pictures, (m,d), m at least 2
-) -> float: # KID; about 0 for equal clouds, and then as often below as above
+) -> float: # KID; 0 on average for equal clouds, so it can be slightly negative
     "Kernel (Inception) distance, KID (Bińkowski et al., 2018), unbiased. Raises `ValueError` for unfit tables."
     fake, real = _check_tables(fake, real)
     return (_within(fake) + _within(real) - 2*_between(fake, real).mean()).item()

@@ -234,6 +234,7 @@ def make_target(
     if prediction_type == 'v_prediction': return velocity(x0, eps, t, alphas_cumprod)
     return eps if prediction_type == 'epsilon' else x0
 
+# %% ../nbs/03_noise.ipynb #b6895174
 def split_output(
     output:Tensor, # what a model answered, (b,...)
     xt:Tensor, # the noisy pictures that it saw, same shape
