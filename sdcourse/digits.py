@@ -4,7 +4,7 @@
 __all__ = ['ANY', 'UNET', 'SCHEDULER', 'SCHEDULERS', 'fold', 'unfold', 'train_digits', 'save_digits', 'load_digits', 'Step',
            'ddim_step', 'DDIM', 'make_scheduler', 'guided', 'Denoised', 'denoise', 'sample']
 
-# %% ../nbs/06_digits.ipynb #50f7db61
+# %% ../nbs/06_digits.ipynb #3561cc0d
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from .data import digit_dataloaders
 from .gradients import DigitClassifier, accuracy, check_labels
 from .images import atomic_path, save_image
 from .model import default_device, find_pretrained, write_manifest
-from .noise import make_alphas_cumprod, make_betas, predict_eps, split_output
+from .noise import PREDICTION_TYPES, make_alphas_cumprod, make_betas, predict_eps, split_output
 from .unet import UNet2DConditionModel
 
 # %% ../nbs/06_digits.ipynb #4459b68d
@@ -62,6 +62,12 @@ def _sheet_callback(path, seed):
     return Callback(after_train=after_train)
 
 # %% ../nbs/06_digits.ipynb #f094b4a6
+def _device(device):
+    "The device of that name, or the fastest here; raises `ValueError` if no tensor can be made there"
+    try: return torch.empty(0, device=device or default_device()).device
+    except (RuntimeError, TypeError, AssertionError) as e:
+        raise ValueError(f"device must be one that is here, such as 'cpu', not {device!r}") from e
+
 def _learner(bs, seed, device, dtype):
     "Model, data and callbacks of the training"
     from sdcourse.training import diffusion_learner
@@ -88,7 +94,7 @@ def train_digits(
     output = Path(output)
     try: output.mkdir(parents=True, exist_ok=True)                    # better now than after the training
     except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
-    learn = _learner(bs, seed, device or default_device(), dtype)
+    learn = _learner(bs, seed, _device(device), dtype)
     losses = fit(learn, epochs, lr, folder=output, settings=dict(batch=bs), progress=progress,
                  cbs=[_sheet_callback(output/'samples.png', seed)])
     manifest = save_digits(learn.ema.average, output, seed=seed, epochs=epochs, steps=epochs*len(learn.dls.train),
@@ -97,28 +103,29 @@ def train_digits(
     (output/CHECKPOINT).unlink(missing_ok=True)
     return manifest
 
-# %% ../nbs/06_digits.ipynb #09c45520
+# %% ../nbs/06_digits.ipynb #a659bd38
 def save_digits(
     model:UNet2DConditionModel, # the trained denoiser
     output:str|Path, # the folder
     **facts, # what the manifest should say besides
 ) -> dict: # the manifest
     "Save weights, scheduler and manifest, with the share of 1,000 samples that the classifier reads as wished."
+    output = Path(output)                                                 # a path is never a name of shipped weights
     model.save_pretrained(output, dtype=torch.float16)
-    with atomic_path(Path(output)/'scheduler_config.json') as path:
+    with atomic_path(output/'scheduler_config.json') as path:
         path.write_text(json.dumps({'_class_name': 'DDIMScheduler', **SCHEDULER}, indent=2, sort_keys=True) + '\n')
     labels, classifier = torch.arange(1000) % 10, DigitClassifier.from_pretrained('classifier', device=model.device)
     digits = sample(labels, generator=torch.Generator().manual_seed(0), weights=output, device=model.device)
     return write_manifest(output, **facts, label_accuracy=accuracy(classifier, digits, labels))
 
-# %% ../nbs/06_digits.ipynb #0df8745f
+# %% ../nbs/06_digits.ipynb #18d58d7d
 @lru_cache(maxsize=4)
 def _load(folder, written, device, dtype):
     "The model in `folder`, kept for the next call; `written` makes sure that new weights are loaded anew"
     model = UNet2DConditionModel.from_pretrained(folder, device=device, dtype=dtype)
-    if model.config.num_class_embeds != ANY + 1 or model.config.in_channels != 4:
-        raise ValueError(f'{folder} holds a U-Net for something else; '
-                         'digits need one with in_channels=4 and num_class_embeds=11')
+    needed = {name: UNET[name] for name in ('in_channels', 'out_channels', 'num_class_embeds')}
+    if any(model.config[name] != value for name, value in needed.items()):
+        raise ValueError(f'{folder} holds a U-Net for something else; digits need one with {needed}')
     return model.to(memory_format=torch.channels_last)
 
 def load_digits(
@@ -127,12 +134,13 @@ def load_digits(
     dtype:torch.dtype=torch.float32, # of the model
 ) -> UNet2DConditionModel: # in eval mode; the same object at the next call
     "The denoiser of digits. Raises `ValueError` for weights that are unknown, damaged or of something else."
-    folder = find_pretrained(weights)
+    if not isinstance(dtype, torch.dtype): raise ValueError(f'dtype must be a torch.dtype, not {dtype!r}')
+    device, folder = _device(device), find_pretrained(weights)
     file = folder/UNet2DConditionModel.weights_name
     written = file.stat().st_mtime_ns if file.exists() else 0
-    return _load(folder, written, torch.device(device or default_device()), dtype)
+    return _load(folder, written, device, dtype)
 
-# %% ../nbs/06_digits.ipynb #f8a2b90d
+# %% ../nbs/06_digits.ipynb #4fbcc438
 class Step(NamedTuple):
     "What a scheduler knows after a step."
     prev_sample:Tensor # the pictures with less noise in them, (n,c,h,w)
@@ -143,19 +151,23 @@ def ddim_step(
     x0:Tensor, # the clean pictures as predicted, same shape
     eps:Tensor, # the noise as predicted, same shape
     t:int, # timestep of xt
-    s:int, # the timestep to go to, below t; -1: clean
+    s:int, # the timestep to go to, from -1 (clean) to below t
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
     eta:float=0., # 0: no fresh noise (DDIM); 1: as much as DDPM adds
     generator:torch.Generator|None=None, # source of fresh noise
 ) -> Tensor: # pictures at timestep s, same shape
-    "Mix the two predictions again, with less noise: equation 12 of DDIM (Song et al., 2020)."
+    "Mix the two predictions again, with less noise: equation 12 of DDIM (Song et al., 2020). Raises `ValueError`."
+    T = len(alphas_cumprod)
+    if not -1 <= s < t < T: raise ValueError(f'a step leads from t to s with -1 <= s < t < {T}; got t = {t}, s = {s}')
     at, as_ = alphas_cumprod[t], alphas_cumprod[s] if s >= 0 else alphas_cumprod.new_ones(())
-    sigma = eta*((1 - as_)/(1 - at)*(1 - at/as_)).sqrt()
-    xs = as_.sqrt()*x0 + (1 - as_ - sigma**2).clamp_min(0).sqrt()*eps
+    a = at/as_
+    sigma = eta*((1 - as_)/(1 - at)*(1 - a)).sqrt()
+    kept = (1 - as_)*(1 - eta**2 + eta**2*a*(1 - as_)/(1 - at))      # 1 - as_ - sigma², exact where both are tiny
+    xs = as_.sqrt()*x0 + kept.sqrt()*eps
     if not eta or s < 0: return xs
     return xs + sigma*torch.randn(xt.shape, generator=generator, device=getattr(generator, 'device', None)).to(xt)
 
-# %% ../nbs/06_digits.ipynb #78d6385c
+# %% ../nbs/06_digits.ipynb #d68e5650
 class DDIM:
     "The course's first scheduler: which timesteps, and how to get from one to the next. Lesson 10 has all the others."
     init_noise_sigma, order = 1., 1
@@ -167,12 +179,14 @@ class DDIM:
         clip_sample:bool=True, # whether the predicted x0 is held in [-1, 1]
         timestep_spacing:str='trailing', # only that: from the noisiest timestep down, in equal strides
     ):
-        if timestep_spacing != 'trailing':
-            raise ValueError(f"timestep_spacing is {timestep_spacing!r}; allowed: 'trailing'")
-        self.eta, self.prediction_type, self.clip_sample = eta, prediction_type, clip_sample
+        for name, value, allowed in (('timestep_spacing', timestep_spacing, ['trailing']),
+                                     ('prediction_type', prediction_type, PREDICTION_TYPES)):
+            if value not in allowed: raise ValueError(f'{name} is {value!r}; allowed: {", ".join(allowed)}')
+        if not isinstance(eta, (int, float)) or not 0 <= eta <= 1: raise ValueError(f'eta is {eta!r}; allowed: 0 to 1')
+        self.eta, self.prediction_type, self.clip_sample, self.timesteps = eta, prediction_type, clip_sample, []
         self.alphas_cumprod = make_alphas_cumprod(make_betas(beta_schedule, num_train_timesteps))
 
-# %% ../nbs/06_digits.ipynb #1c5ddde2
+# %% ../nbs/06_digits.ipynb #e40414d7
 @patch
 def set_timesteps(self:DDIM,
     num_inference_steps:int, # how many steps, 1 to T
@@ -180,8 +194,8 @@ def set_timesteps(self:DDIM,
 ):
     "Plan the steps; raises `ValueError` for an impossible number of them."
     T = len(self.alphas_cumprod)
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= T:
-        raise ValueError(f'num_inference_steps must lie between 1 and {T}, not {num_inference_steps!r}')
+    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= T:
+        raise ValueError(f'num_inference_steps must be a whole number from 1 to {T}, not {num_inference_steps!r}')
     self.timesteps = [round(T - i*T/num_inference_steps) - 1 for i in range(num_inference_steps)]
 
 @patch
@@ -192,49 +206,51 @@ def scale_model_input(self:DDIM,
     "What the model gets to see."
     return sample
 
-# %% ../nbs/06_digits.ipynb #dee2eca0
+# %% ../nbs/06_digits.ipynb #64bb5810
 @patch
 def step(self:DDIM,
     model_output:Tensor, # what the model answered, (n,c,h,w)
-    timestep:int, # t
+    timestep:int|Tensor, # t, one of the planned ones
     sample:Tensor, # xt, (n,c,h,w)
     generator:torch.Generator|None=None, # source of fresh noise
 ) -> Step: # the pictures at the next timestep, and the predicted clean ones
-    "One step towards the picture."
-    nexts = dict(zip(self.timesteps, [*self.timesteps[1:], -1]))
-    x0, eps = split_output(model_output, sample, timestep, self.alphas_cumprod, self.prediction_type)
+    "One step towards the picture. Raises `ValueError` for a timestep that is not planned."
+    t, plan = int(timestep), list(self.timesteps)
+    if t not in plan: raise ValueError(f'no step at t = {t} is planned; planned: {plan or "none, use set_timesteps"}')
+    x0, eps = split_output(model_output, sample, t, self.alphas_cumprod, self.prediction_type)
     if self.clip_sample:
         x0 = x0.clamp(-1, 1)
-        eps = predict_eps(sample, x0, timestep, self.alphas_cumprod)  # so that both still add up to xt
-    s = nexts[timestep]
-    return Step(ddim_step(sample, x0, eps, timestep, s, self.alphas_cumprod, self.eta, generator), x0)
+        eps = predict_eps(sample, x0, t, self.alphas_cumprod)            # so that both still add up to xt
+    s = [*plan, -1][plan.index(t) + 1]
+    return Step(ddim_step(sample, x0, eps, t, s, self.alphas_cumprod, self.eta, generator), x0)
 
-# %% ../nbs/06_digits.ipynb #27ecd3b5
+# %% ../nbs/06_digits.ipynb #9e79b610
 SCHEDULERS = {'ddim': 0., 'ddpm': 1.}  # eta
 
 def make_scheduler(
     name:str='ddim', # 'ddim' (no fresh noise) or 'ddpm'
-    **config, # arguments of `DDIM` by name
+    **config, # arguments of `DDIM` by name, all but eta
 ) -> DDIM:
     "A scheduler by its name; raises `ValueError` for an unknown one."
     if name in list(SCHEDULERS): return DDIM(eta=SCHEDULERS[name], **config)
     raise ValueError(f'unknown scheduler {name!r}; allowed: {", ".join(SCHEDULERS)}, or an object with their interface')
 
-# %% ../nbs/06_digits.ipynb #e93db925
+# %% ../nbs/06_digits.ipynb #45396ddf
 def guided(
     model:nn.Module, # (xt, t, None, labels) -> prediction
     xt:Tensor, # noisy pictures, (n,c,h,w)
-    t:int|Tensor, # timestep
+    t:int|Tensor, # timestep, one for all
     labels:Tensor, # what they should become, 0 to 9, (n,)
     guidance_scale:float, # 0: any digit; 1: the label as learned; above 1: more of it than learned
 ) -> Tensor: # the prediction, (n,c,h,w)
     "Prediction without a label, plus `guidance_scale` times what the label changes (Ho and Salimans, 2022)."
-    if guidance_scale == 1: return model(xt, t, None, labels)
-    both = torch.cat([torch.full_like(labels, ANY), labels])
+    unlabelled = torch.full_like(labels, ANY)
+    if guidance_scale in (0, 1): return model(xt, t, None, labels if guidance_scale else unlabelled)
+    both = torch.cat([unlabelled, labels])
     without, given = model(torch.cat([xt, xt]), t, None, both).chunk(2)
     return without + guidance_scale*(given - without)
 
-# %% ../nbs/06_digits.ipynb #3b5ff87c
+# %% ../nbs/06_digits.ipynb #9266dfe6
 class Denoised(NamedTuple):
     "One step of the denoising."
     i:int # its number, from 0
@@ -244,7 +260,7 @@ class Denoised(NamedTuple):
 
 @torch.no_grad()
 def denoise(
-    model:nn.Module, # (xt, t, None, labels) -> prediction
+    model:UNet2DConditionModel, # the denoiser
     scheduler, # `DDIM`, or any object with its interface, steps planned
     xt:Tensor, # pure noise, (n,4,14,14)
     labels:Tensor, # what it should become, 0 to 9, (n,)
@@ -259,24 +275,35 @@ def denoise(
         xt, x0 = done.prev_sample, getattr(done, 'pred_original_sample', None)
         yield Denoised(i, t, unfold(xt), x0 if x0 is None else unfold(x0))
 
-# %% ../nbs/06_digits.ipynb #2a13a804
+# %% ../nbs/06_digits.ipynb #fe60a19b
+def _check_fits(scheduler):
+    "The scheduler; raises `ValueError` if it says that it is for models of another kind"
+    config = getattr(scheduler, 'config', {})
+    for name in ('prediction_type', 'beta_schedule'):
+        if name in config and config[name] != SCHEDULER[name]:
+            raise ValueError(f'{name} of the scheduler is {config[name]!r}, these weights need {SCHEDULER[name]!r}: '
+                             f'{type(scheduler).__name__}.from_config(SCHEDULER)')
+    return scheduler
+
+# %% ../nbs/06_digits.ipynb #3f6634f7
 def _check_sampling(num_inference_steps, guidance_scale, generator, scheduler, bs):
     "The scheduler as an object; raises `ValueError` for what cannot be sampled with"
     for name, n, most in (('num_inference_steps', num_inference_steps, 1000), ('bs', bs, math.inf)):
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
-            raise ValueError(f'{name} must be a whole number, at least 1 and at most {most}, not {n!r}')
+            upto = f'from 1 to {most}' if most < math.inf else 'of at least 1'
+            raise ValueError(f'{name} must be a whole number {upto}, not {n!r}')
     if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
         raise ValueError(f'guidance_scale must be a finite number, not {guidance_scale!r}')
     if not isinstance(generator, torch.Generator | None):
         raise ValueError(f'generator must be a torch.Generator or None, not {generator!r}')
     if isinstance(scheduler, str): return make_scheduler(scheduler, **SCHEDULER)
     needed = 'set_timesteps', 'scale_model_input', 'step', 'init_noise_sigma'
-    missing = [n for n in needed if not hasattr(scheduler, n)]
-    if not missing: return scheduler
+    missing = needed if isinstance(scheduler, type) else [n for n in needed if not hasattr(scheduler, n)]
+    if not missing: return _check_fits(scheduler)
     raise ValueError(f'scheduler must be {" or ".join(map(repr, SCHEDULERS))}, or an object with their interface; '
                      f'{type(scheduler).__name__} has no {", ".join(missing)}')
 
-# %% ../nbs/06_digits.ipynb #9bcb1565
+# %% ../nbs/06_digits.ipynb #36b9d26e
 def sample(
     labels:Sequence[int]|Tensor, # the digits to draw, one picture each, 0 to 9
     num_inference_steps:int=25, # steps from noise to picture, 1 to 1000
@@ -286,8 +313,8 @@ def sample(
     weights:str|Path='digits', # shipped weights, or a folder made by `train_digits`
     device:torch.device|str|None=None, # None: a GPU if there is one
     dtype:torch.dtype=torch.float32, # of the model; the pictures stay in float32
-    on_step:Callable|None=None, # called with a `Denoised` after each step
-    bs:int=250, # pictures at a time
+    on_step:Callable|None=None, # called with a `Denoised` after each step of each batch
+    bs:int=250, # pictures in a batch
 ) -> Tensor: # float32 in [-1, 1], (n,1,28,28), on the CPU
     "New handwritten digits out of pure noise. Raises `ValueError` for bad arguments."
     labels = check_labels(labels)

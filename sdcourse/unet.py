@@ -413,7 +413,7 @@ def _build(self:UNet2DConditionModel):
     self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
     self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
 
-# %% ../nbs/05_unet.ipynb #1e6f17f6
+# %% ../nbs/05_unet.ipynb #6d8e5ad3
 @patch
 def embed(self:UNet2DConditionModel,
     timestep:Tensor|int|float, # one for all or one each, (b,)
@@ -427,7 +427,10 @@ def embed(self:UNet2DConditionModel,
     if (class_labels is None) != (classes is None):
         raise ValueError('this model has no classes: class_labels must be None' if classes is None else
                          f'class_labels is None; this model needs one for each picture, 0 to {classes - 1}')
-    return temb if classes is None else temb + self.class_embedding(class_labels)
+    if classes is None: return temb
+    if class_labels.device.type == 'cpu' and not ((class_labels >= 0) & (class_labels < classes)).all():
+        raise ValueError(f'class_labels must lie between 0 and {classes - 1}, got {class_labels.tolist()}')
+    return temb + self.class_embedding(class_labels)
 
 # %% ../nbs/05_unet.ipynb #637b93c9
 @patch

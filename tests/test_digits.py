@@ -87,7 +87,8 @@ def test_ddim_is_the_references(answers, name, clip, n):
     assert theirs.timesteps.tolist() == ours.timesteps and theirs.init_noise_sigma == ours.init_noise_sigma
     for i, t in enumerate(ours.timesteps[::max(1, n//25)]):
         step = theirs.step(output, t, xt, SCHEDULERS[name], use_clipped_model_output=clip, generator=generator(i))
-        same(step, ours.step(output, t, xt, generator(i)))
+        most = 1e-3 if t == 999 else 1e-5  # there theirs subtracts numbers that are nearly equal
+        same(step, ours.step(output, t, xt, generator(i)), most)
 
 
 @pytest.mark.parametrize('n', [25, 1000])
@@ -96,8 +97,7 @@ def test_ddpm_is_the_references(answers, n):
     theirs, ours = diffusers.DDPMScheduler(**SCHEDULER), make_scheduler('ddpm', **SCHEDULER)
     for s in (theirs, ours): s.set_timesteps(n)
     for i, t in enumerate(ours.timesteps[::n//25]):
-        most = 1e-3 if t == 999 else 1e-5  # there almost nothing is left of the picture, and few digits of a float32
-        same(theirs.step(output, t, xt, generator=generator(i)), ours.step(output, t, xt, generator(i)), most)
+        same(theirs.step(output, t, xt, generator=generator(i)), ours.step(output, t, xt, generator(i)), 1e-5)
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'sample'])
@@ -197,13 +197,13 @@ def test_scheduler_that_does_not_say_x0(draw):
     assert seen and all(s.x0 is None for s in seen)
 
 
-@pytest.mark.parametrize('scale, size', [(1, 3), (1., 3), (1.5, 6), (0, 6), (-1, 6)])
+@pytest.mark.parametrize('scale, size', [(1, 3), (1., 3), (1.5, 6), (0, 3), (-1, 6)])
 def test_calls_of_the_model(draw, tiny, scale, size):
     sizes, model = [], load_digits(tiny, 'cpu')
     hook = model.register_forward_pre_hook(lambda model, args: sizes.append(len(args[0])))
     draw(guidance_scale=scale)
     hook.remove()
-    assert sizes == [size]*4, 'one call a step; with guidance, both questions in one batch'
+    assert sizes == [size]*4, 'one call a step; where both answers count, both questions in one batch'
 
 
 def test_guidance(tiny):
@@ -328,7 +328,7 @@ def test_wrong_steps_of_another_scheduler(draw, steps):
 
 
 def test_other_spacings_are_refused():
-    with pytest.raises(ValueError, match="'leading'.*'trailing'"): make_scheduler(timestep_spacing='leading')
+    with pytest.raises(ValueError, match="'leading'.*trailing"): make_scheduler(timestep_spacing='leading')
 
 
 @pytest.mark.parametrize('manifest', [False, True], ids=['without a manifest', 'with a manifest'])
