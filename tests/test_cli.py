@@ -412,9 +412,15 @@ def test_failures(terminal, monkeypatch, error, code, said):
     assert left() == ['a.png'] and Path('a.png').read_text() == 'old'
 
 
+def heed_ctrl_c():
+    "For `preexec_fn`: what a shell starts in the background ignores Ctrl-C, and so would its children"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted(tmp_path):
     command = [Path(sys.executable).parent/'sdcourse', 'synthesize', '7', '--steps', '10000', '--n', '1', '--gif']
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=heed_ctrl_c) as process:
         said = process.stderr.read(1)  # the progress bar
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -427,7 +433,8 @@ def test_interrupted_training(tmp_path):
     "Ctrl-C in the first epoch of a real training"
     words = 'train digits -o mine --batch 4 --device cpu'.split()
     command = [Path(sys.executable).parent/'sdcourse', *words]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=heed_ctrl_c) as process:
         said = b''
         while b'[2/' not in said and (more := process.stdout.read(1)): said += more  # the progress bar, second step
         process.send_signal(signal.SIGINT)
