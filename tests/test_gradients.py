@@ -187,7 +187,7 @@ def test_steps(steps):
 
 
 def test_unknown_weights():
-    with pytest.raises(ValueError, match='shipped are: classifier, .*noisy_classifier'): synthesize([1], weights='mnist')
+    with pytest.raises(ValueError, match='shipped are: .*noisy_classifier'): synthesize([1], weights='mnist')
 
 
 # ---- training, a short run of it
