@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['random_digits', 'features', 'gaussian', 'symmetric_root', 'gaussian_distance', 'frechet_distance', 'cubic_kernel',
-           'kernel_distance', 'radii', 'covered', 'precision_recall', 'bootstrap', 'evaluate']
+           'kernel_distance', 'radii', 'covered', 'precision_recall', 'bootstrap', 'evaluate', 'cut_out', 'read_scenes']
 
 # %% ../nbs/07_metrics.ipynb #7068f173
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Digits, mnist
+from .data import INKS, Digits, Scene, mnist
 from .gradients import DigitClassifier, check_labels
 from .images import _whole
 
@@ -212,3 +213,36 @@ def evaluate(
         low, high = bootstrap(metric, *tables, repeats=repeats, seed=seed, limits=limits)
         found[name] = dict(value=float(metric(*tables)), low=low, high=high)
     return dict(n=n, n_real=len(real), **found)
+
+# %% ../nbs/07_metrics.ipynb #3d7e0002
+def cut_out(
+    images:Tensor, # scenes in [-1, 1], (n,3,64,64)
+    scenes:Sequence[Scene], # what is where, n of them
+) -> Tensor: # each thing of each scene, in their order, (m,3,28,28)
+    "The squares in which the digits stand, shrunk to MNIST's size."
+    which = [i for i, scene in enumerate(scenes) for _ in scene.things]
+    places = [(thing.x, thing.y, thing.size) for scene in scenes for thing in scene.things]
+    x, y, size = torch.tensor(places, device=images.device).T
+    theta = torch.zeros(len(which), 2, 3, device=images.device)
+    side = images.shape[-1]
+    theta[:, 0, 0] = theta[:, 1, 1] = size/side
+    theta[:, 0, 2], theta[:, 1, 2] = 2*x/side - 1, 2*y/side - 1
+    grid = F.affine_grid(theta, (len(which), 3, 28, 28), align_corners=False)
+    return F.grid_sample(images[which], grid, padding_mode='border', align_corners=False)
+
+# %% ../nbs/07_metrics.ipynb #3d7e0006
+def read_scenes(
+    images:Tensor, # scenes in [-1, 1], (n,3,64,64)
+    scenes:Sequence[Scene], # what should be where, n of them
+    model:DigitClassifier|None=None, # in eval mode; None: the shipped 'classifier'
+) -> tuple[Tensor, Tensor]: # for each thing its digit, 0 to 9, and the number of its ink in `INKS`, (m,) and (m,)
+    "What stands where the things should be: the digit as the classifier reads it, and the ink that is nearest in hue."
+    model = model or DigitClassifier.from_pretrained('classifier', device=images.device)
+    patches = (cut_out(images, scenes).clamp(-1, 1) + 1)/2
+    mask = patches.amax(1, keepdim=True)                                  # bright where there is ink, whatever its hue
+    mask = mask/mask.amax((2, 3), keepdim=True).clamp(min=1e-3)
+    with torch.no_grad(): digits = torch.cat([model(part*2 - 1)[:, :10].argmax(1) for part in mask.split(500)])
+    color = (patches*mask**2).sum((2, 3))
+    inks = torch.tensor(list(INKS.values()), dtype=color.dtype, device=color.device)
+    hue, hues = (c/c.amax(1, keepdim=True).clamp(min=1e-6) for c in (color, inks))
+    return digits, torch.cdist(hue, hues).argmin(1)
