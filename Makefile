@@ -82,6 +82,7 @@ test: check browser notebooks site
 benchmark: dev
 	@$(WITHIN) python benchmarks/gradients.py --json benchmarks/gradients.json
 	@$(WITHIN) python benchmarks/digits.py --json benchmarks/digits.json
+	@$(WITHIN) python benchmarks/vae.py --json benchmarks/vae.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs

@@ -8,10 +8,7 @@ that is not counted.
 """
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import clock, machine
 
 from sdcourse.data import digit_dataloaders
 from sdcourse.digits import ANY, SCHEDULER, UNET, fold, make_scheduler, sample
@@ -27,20 +25,6 @@ from sdcourse.model import default_device
 from sdcourse.unet import UNet2DConditionModel
 
 GOALS = {'label accuracy': ('at least', .98), 'FID / floor': ('at most', 3.), 'speed of training': ('at least', 1.2)}
-
-
-def machine(device) -> dict:
-    "What the numbers were measured on."
-    gpu = {'gpu': torch.cuda.get_device_name(device)} if device.type == 'cuda' else {}
-    return dict(cpu=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                vectors=torch.backends.cpu.get_cpu_capability(), python=platform.python_version(),
-                torch=torch.__version__, device=device.type, **gpu)
-
-
-def clock(device) -> float:
-    "The time when all that was asked of the device is done."
-    if device.type != 'cpu': getattr(torch, device.type).synchronize()
-    return time.perf_counter()
 
 
 # ---- quality

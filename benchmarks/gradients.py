@@ -6,15 +6,13 @@ Each row is the median of the repeats, which take turns, after one that is not c
 """
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from machine import clock, machine
 
 from sdcourse.data import digit_dataloaders, mnist
 from sdcourse.gradients import DigitClassifier, input_gradient, synthesize, training_batch
@@ -28,9 +26,9 @@ def import_seconds(statement: str) -> float:
 
 def timed(f) -> float:
     "Seconds of one call."
-    start = time.perf_counter()
+    start = clock()
     f()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def nudges(model, x, label):
@@ -78,13 +76,11 @@ def main():
         for name, measure in measured.items():
             took = measure()
             if repeat: seconds[name].append(took)
-    machine = dict(cpu=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                   python=platform.python_version(), torch=torch.__version__)
-    print(', '.join(f'{k} {v}' for k, v in machine.items()))
+    print(', '.join(f'{k} {v}' for k, v in machine().items()))
     print(f'{"median of " + str(args.repeats):<44}{"seconds":>10}{"min":>10}{"max":>10}')
     for name, took in seconds.items():
         print(f'{name:<44}{statistics.median(took):>10.4f}{min(took):>10.4f}{max(took):>10.4f}')
-    if args.json: args.json.write_text(json.dumps(dict(machine=machine, seconds=seconds), indent=2) + '\n')
+    if args.json: args.json.write_text(json.dumps(dict(machine=machine(), seconds=seconds), indent=2) + '\n')
 
 
 if __name__ == '__main__': main()

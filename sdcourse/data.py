@@ -113,7 +113,7 @@ INKS = {'red': (220, 30, 40), 'orange': (255, 130, 0), 'yellow': (255, 230, 40),
 STROKES = 'thin', 'bold'
 RELATIONS = 'above', 'below', 'left of', 'right of'
 
-# %% ../nbs/01_data.ipynb #457c61a3
+# %% ../nbs/01_data.ipynb #89537238
 class Thing(NamedTuple):
     "One digit of a scene."
     digit:int # 0 to 9
@@ -123,6 +123,7 @@ class Thing(NamedTuple):
     y:float # centre from the top, in pixels
     size:float # side of the square that MNIST's 28×28 pixels became, in pixels
 
+# %% ../nbs/01_data.ipynb #e8dd5c39
 class Scene(NamedTuple):
     "A picture, a caption, and what is really there."
     image:Tensor # float32 in [-1, 1], (3,64,64)
@@ -153,7 +154,20 @@ def _italian(thing, word, article):
     words += [_ITALIAN_WORDS[thing.stroke]] if thing.stroke else []
     return ' '.join([*(['uno' if thing.digit == 0 else 'un'] if article else []), *words])
 
-# %% ../nbs/01_data.ipynb #7663261f
+# %% ../nbs/01_data.ipynb #70251860
+def _check_things(things, relation):
+    "Raises `ValueError` for anything but one digit, or two in a relation, in known inks and strokes"
+    if len(things) not in (1, 2): raise ValueError(f'a scene has one or two digits, not {len(things)}')
+    allowed = RELATIONS if len(things) == 2 else (None,)
+    if relation not in allowed:
+        raise ValueError(f'the relation of {len(things)} must be {" or ".join(map(repr, allowed))}, not {relation!r}')
+    for thing in things:
+        for name, value, known in (('digit', thing.digit, [*range(10)]), ('color', thing.color, [*INKS]),
+                                   ('stroke', thing.stroke, [*STROKES, None])):
+            if type(value) not in map(type, known) or value not in known:
+                raise ValueError(f'{name} must be one of {", ".join(map(str, known))}; got {value!r}')
+
+# %% ../nbs/01_data.ipynb #0989b4bc
 def caption(
     things:Sequence[Thing], # one or two digits
     relation:str|None=None, # where the first is, seen from the second; None: there is only one
@@ -164,25 +178,14 @@ def caption(
     "Say what is in a scene. Raises `ValueError` for what the grammar has no word for."
     _check_things(things, relation)
     if language not in ('en', 'it'): raise ValueError(f"language must be 'en' or 'it', not {language!r}")
+    if min(len(words), len(articles)) < len(things):
+        raise ValueError(f'words and articles are needed for each of {len(things)} digits, got {words} and {articles}')
     say = _english if language == 'en' else _italian
     parts = [say(thing, *how) for thing, *how in zip(things, words, articles)]
     if relation is None: return parts[0]
     return f' {relation if language == "en" else _ITALIAN_WORDS[relation]} '.join(parts)
 
-def _check_things(things, relation):
-    "Raises `ValueError` for anything but one digit, or two in a relation, in known inks and strokes"
-    allowed = RELATIONS if len(things) == 2 else (None,)
-    if len(things) not in (1, 2): raise ValueError(f'a scene has one or two digits, not {len(things)}')
-    if relation not in allowed:
-        raise ValueError(f'the relation of {len(things)} must be {" or ".join(map(repr, allowed))}, not {relation!r}')
-    for thing in things:
-        for name, value, known in (('digit', thing.digit, range(10)), ('color', thing.color, INKS),
-                                   ('stroke', thing.stroke, (*STROKES, None))):
-            if value not in known: raise ValueError(f'{name} must be one of {", ".join(map(str, known))}; got {value!r}')
-
-# %% ../nbs/01_data.ipynb #5f780c37
-_RING = (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)  # the eight neighbours, clockwise from the top
-
+# %% ../nbs/01_data.ipynb #87d9fcb4
 @lru_cache
 def _thinning_tables():
     "For each of the 256 neighbourhoods: may the pixel be taken away from south-east? from north-west?"
@@ -195,26 +198,34 @@ def _thinning_tables():
                            is_border and not (up and left and (right or down)))
     return torch.from_numpy(tables)
 
+# %% ../nbs/01_data.ipynb #27d7f1de
+_RING = (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)  # (y, x), clockwise from the top
+
+def _neighbours(strokes):
+    "The eight pixels around each as one number from 0 to 255, (n,1,h,w)"
+    weights = torch.zeros(1, 1, 3, 3, device=strokes.device)
+    for i, (dy, dx) in enumerate(_RING): weights[..., dy + 1, dx + 1] = 2**i
+    return F.conv2d(strokes.float(), weights, padding=1).round().long()
+
+# %% ../nbs/01_data.ipynb #56379425
 def thin_out(
     strokes:Tensor, # bool, (n,1,h,w)
-) -> Tensor: # bool, the same shape: lines one pixel wide, in one piece where the stroke was
+) -> Tensor: # bool, the same shape: lines about one pixel wide, in one piece where the stroke was
     "Take border pixels away, in turns from two sides, until only the skeleton is left (Zhang and Suen, 1984)."
-    weights = torch.zeros(1, 1, 3, 3)
-    for i, (dy, dx) in enumerate(_RING): weights[..., dy + 1, dx + 1] = 2**i
-    before = None
+    if strokes.dtype != torch.bool: raise ValueError(f'strokes are white or not, so a bool tensor; got {strokes.dtype}')
+    tables, before = _thinning_tables().to(strokes.device), None
     while before is None or not torch.equal(strokes, before):
         before = strokes
-        for table in _thinning_tables():
-            neighbours = F.conv2d(strokes.float(), weights, padding=1).long()  # eight pixels as one number, 0 to 255
-            strokes = strokes & ~table[neighbours]
+        for table in tables: strokes = strokes & ~table[_neighbours(strokes)]
     return strokes
 
-# %% ../nbs/01_data.ipynb #a40d34e0
+# %% ../nbs/01_data.ipynb #70dcb55d
 def dilate(
     x:Tensor, # from 0 (black) to 1 (white), (n,1,h,w)
-    radius:float, # of the pen, in pixels
+    radius:float, # of the pen, at least half a pixel
 ) -> Tensor: # the same shape and range
-    "Draw along every white pixel with a round pen whose edge is soft: grey dilation."
+    "Draw along every white pixel with a round pen whose edge is soft: grey dilation. Raises `ValueError`."
+    if not .5 <= radius < math.inf: raise ValueError(f'radius must be a number of at least 0.5, not {radius}')
     reach, (h, w) = math.ceil(radius - .5), x.shape[-2:]
     padded, result = F.pad(x, (reach,)*4), torch.zeros_like(x)
     for dy, dx in product(range(2*reach + 1), repeat=2):
@@ -222,7 +233,7 @@ def dilate(
         if ink > 0: result = torch.maximum(result, ink*padded[..., dy:dy + h, dx:dx + w])
     return result
 
-# %% ../nbs/01_data.ipynb #01963a09
+# %% ../nbs/01_data.ipynb #8295c841
 def _restroke(patches, strokes):
     "Digits (n,1,28,28) in [0, 1], with the pen given by the numbers in `strokes`: 0 thin, 1 bold, 2 as written"
     patches, drawn = patches.clone(), strokes < 2
@@ -230,6 +241,7 @@ def _restroke(patches, strokes):
     patches[drawn] = torch.where(pen == 0, dilate(lines, 1.), dilate(lines, 2.))
     return patches
 
+# %% ../nbs/01_data.ipynb #c15c96ad
 def _resample(centre, size, pixels=64, patch=28):
     "Weights (n,pixels,patch) that stretch rows of a patch to `size` pixels around `centre`: linear interpolation"
     where = (torch.arange(pixels) + .5 - centre[:, None])*(patch/size)[:, None] + patch/2 - .5
@@ -245,14 +257,7 @@ def _uniform(seed, indices, n):
         x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(11))*2.**-53)
 
-# %% ../nbs/01_data.ipynb #866894b4
-@lru_cache
-def _by_label(split):
-    "The numbers of the digits of a split, sorted by label; where each label begins; how many it has"
-    labels = _mnist_bytes(split)[1].long()
-    counts = labels.bincount()
-    return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
-
+# %% ../nbs/01_data.ipynb #e8c2a35d
 class _Plan(NamedTuple):
     "What scenes are made of, as numbers: a row for each scene, a column for each digit"
     digit:Tensor # 0 to 9, (b,2)
@@ -265,11 +270,12 @@ class _Plan(NamedTuple):
 def _plan(seed, indices):
     "Draw everything: two scenes of three have two digits; half the digits are as they were written"
     u = _uniform(seed, indices, 24)
-    pick = lambda i, n: (u[:, i:i + 2]*n).long()
+    def pick(i, n): return (u[:, i:i + 2]*n).long()                      # for both digits, 0 to n-1
     relation = (u[:, 6]*6).long().where(u[:, 6] < 2/3, torch.tensor(-1))
-    return _Plan(pick(0, 10), pick(2, len(INKS)), pick(4, 4).clamp(max=2), relation, u[:, 8:20].reshape(-1, 2, 6), (u[:, 7]*2).long())
+    return _Plan(pick(0, 10), pick(2, len(INKS)), pick(4, 4).clamp(max=2), relation,
+                 u[:, 8:20].reshape(-1, 2, 6), (u[:, 7]*2).long())
 
-# %% ../nbs/01_data.ipynb #7692195c
+# %% ../nbs/01_data.ipynb #9a780208
 def _places(plan):
     "Centres x and y and sizes, each (b,2) in pixels, such that digits stay inside, apart, and in their relation"
     alone, chance = plan.relation[:, None] < 0, plan.chance
@@ -280,8 +286,17 @@ def _places(plan):
     far = torch.tensor([[0., 32.], [32., 0.]])[plan.relation.clamp(min=0) % 2]   # which half is whose
     along, across = (between(far, far + 32, chance[..., 2]), 22 + 20*chance[..., 3])
     upright = plan.relation[:, None] < 2
-    x, y = torch.where(alone, x, torch.where(upright, across, along)), torch.where(alone, y, torch.where(upright, along, across))
+    x = torch.where(alone, x, torch.where(upright, across, along))
+    y = torch.where(alone, y, torch.where(upright, along, across))
     return x, y, size
+
+# %% ../nbs/01_data.ipynb #998e69ea
+@lru_cache
+def _by_label(split):
+    "The numbers of the digits of a split, sorted by label; where each label begins; how many it has"
+    labels = _mnist_bytes(split)[1].long()
+    counts = labels.bincount()
+    return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
 
 # %% ../nbs/01_data.ipynb #ed6dcf27
 def _render(split, plan, places):
@@ -297,12 +312,13 @@ def _render(split, plan, places):
         images[there] = torch.lerp(images[there], ink[plan.color[there, i]][:, :, None, None], masks)
     return images*2 - 1
 
-# %% ../nbs/01_data.ipynb #9af72d97
+# %% ../nbs/01_data.ipynb #530fed68
 def _caption_of(things, relation, language, chance):
     "A caption in words and with articles as chance has it: half the digits are words, three of four articles are there"
     words, articles = ((chance[:, i] < share).tolist() for i, share in ((4, .5), (5, .75)))
     return caption(things, relation, ('en', 'it')[language], words, articles)
 
+# %% ../nbs/01_data.ipynb #e55097e4
 def _scenes(split, plan):
     "The `Scene`s of a plan, and their pictures in one tensor"
     places, inks, strokes = _places(plan), list(INKS), (*STROKES, None)
@@ -314,19 +330,21 @@ def _scenes(split, plan):
         scenes.append(Scene(image, _caption_of(things, relation, language, chance), things, relation))
     return images, scenes
 
-# %% ../nbs/01_data.ipynb #3a64932f
+# %% ../nbs/01_data.ipynb #e4fa7a8c
+_ENDLESS = 2**40  # scenes that nobody will ever see all of
+
 class Scenes:
-    "Pictures of coloured digits with captions, composed when asked for: the same split, seed and number, the same scene."
+    "Coloured digits with captions, composed when asked for: the same split, seed and number, the same scene."
     def __init__(self,
         split:str='train', # whose handwriting: 'train' or 'test'
-        n:int=100_000, # how many, at least 1
-        seed:int=0, # another seed, other scenes; at least 0
+        n:int=100_000, # how many, 1 to 2**40
+        seed:int=0, # another seed, other scenes; 0 to 2**63
     ):
         "Raises `ValueError` for an unknown split and for impossible numbers."
         if split not in _splits: raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-        for name, value, least in (('n', n, 1), ('seed', seed, 0)):
-            if type(value) is not int or value < least:
-                raise ValueError(f'{name} must be a whole number of at least {least}, not {value!r}')
+        for name, value, least, most in (('n', n, 1, _ENDLESS), ('seed', seed, 0, 2**63)):
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f'{name} must be a whole number from {least} to {most:,}, not {value!r}')
         self.split, self.n, self.seed = split, n, seed
 
     def __len__(self): return self.n
@@ -345,7 +363,14 @@ def batch(self:Scenes,
         if not -self.n <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
     return _scenes(self.split, _plan(self.seed, [i % self.n for i in indices]))
 
-# %% ../nbs/01_data.ipynb #516d88b4
+# %% ../nbs/01_data.ipynb #3785e5ef
+def _ordered_thing(thing):
+    "(digit, color), (digit, color, stroke) or a `Thing`, as a `Thing` at no place yet"
+    if isinstance(thing, Thing): thing = thing[:3]
+    if not isinstance(thing, (tuple, list)) or len(thing) not in (2, 3):
+        raise ValueError(f'a thing is (digit, color) or (digit, color, stroke), not {thing!r}')
+    return Thing(*(*thing, None)[:3], 0, 0, 0)
+
 def compose(
     things:Sequence[tuple], # one or two of (digit, color) or (digit, color, stroke)
     relation:str|None=None, # where the first is, seen from the second: one of `RELATIONS`; None: there is only one
@@ -354,8 +379,7 @@ def compose(
     n:int=1, # how many such scenes
 ) -> list[Scene]: # n of them
     "Scenes made to order. Raises `ValueError` for a digit, colour, stroke or relation that does not exist."
-    data = Scenes(split, n, seed)
-    things = [Thing(*(*thing, None)[:3], 0, 0, 0) for thing in things]
+    data, things = Scenes(split, n, seed), [_ordered_thing(thing) for thing in things]
     _check_things(things, relation)
     digit, color, stroke = ([f(thing) for thing in things] for f in (
         lambda t: t.digit, lambda t: [*INKS].index(t.color), lambda t: (*STROKES, None).index(t.stroke)))
@@ -364,13 +388,14 @@ def compose(
     plan = _plan(data.seed, range(n))
     return _scenes(split, _Plan(*ordered, relation, plan.chance, plan.language))[1]
 
-# %% ../nbs/01_data.ipynb #f9165881
+# %% ../nbs/01_data.ipynb #1ac00fa5
 def new_scenes(
     generator:torch.Generator, # decides which
 ): # a function from a list of numbers to as many others
     "A `shuffle_fn` for a loader of `scene_dataloaders`: each epoch gets scenes that no other had."
     return lambda ids: torch.randint(_ENDLESS, (len(ids),), generator=generator).tolist()
 
+# %% ../nbs/01_data.ipynb #3ab0d551
 def scene_dataloaders(
     bs:int=32, # scenes in a batch
     n:int=25_600, # scenes in an epoch; new ones in each
@@ -385,8 +410,6 @@ def scene_dataloaders(
     generator = torch.Generator().manual_seed(seed)
     return DataLoaders(_scene_loader(Scenes('train', _ENDLESS), bs, n, generator),
                        _scene_loader(Scenes('train', valid, seed=1), bs, valid), device=device)
-
-_ENDLESS = 2**40  # scenes that nobody will ever see all of
 
 def _scene_loader(scenes, bs, n, generator=None):
     "Batches of scenes: new ones with a generator, or the first n in order."

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['VAE', 'DiagonalGaussian', 'PaddedDownsample', 'PictureAttention', 'Block', 'Encoder', 'Decoder', 'Encoded', 'Decoded',
-           'AutoencoderKL', 'vae_loss', 'scale_of', 'psnr', 'ssim', 'train_vae', 'save_vae', 'cache_latents']
+           'AutoencoderKL', 'vae_loss', 'psnr', 'ssim', 'scale_of', 'train_vae', 'save_vae', 'cache_latents']
 
 # %% ../nbs/08_vae.ipynb #e7c6cc52
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from .images import atomic_path
 from .model import Model, default_device, fingerprint, write_manifest
 from .unet import Attention, MidBlock, ResnetBlock2D, Upsample2D
 
-# %% ../nbs/08_vae.ipynb #3e3be945
+# %% ../nbs/08_vae.ipynb #a3d3401f
 class DiagonalGaussian:
-    "What the encoder says of a picture: for each number of the latent a mean, and how sure it is (Kingma and Welling, 2013)."
+    "What the encoder says of a picture: a mean for each number, and how sure it is (Kingma and Welling, 2013)."
     def __init__(self,
         moments:Tensor, # means, and logarithms of variances, (b,2z,h,w)
     ):
@@ -48,7 +48,7 @@ class DiagonalGaussian:
         "How far from a standard Gaussian, in nats: sum of (mean² + var - 1 - log var)/2 over the latent."
         return (self.mean**2 + self.var - 1 - self.logvar).flatten(1).sum(1)/2
 
-# %% ../nbs/08_vae.ipynb #40901e00
+# %% ../nbs/08_vae.ipynb #0e231ac0
 class PaddedDownsample(nn.Module):
     "Halve height and width as the reference's encoder does: one row and column of zeros at the far sides only."
     def __init__(self,
@@ -63,6 +63,7 @@ class PaddedDownsample(nn.Module):
         "Pad right and below, then one convolution."
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
+# %% ../nbs/08_vae.ipynb #542bdd0b
 class PictureAttention(Attention):
     "The U-Net's attention between all places of a picture: one head, normalized input, the picture added again."
     def __init__(self,
@@ -80,7 +81,7 @@ class PictureAttention(Attention):
         places = self.group_norm(x).flatten(2).transpose(1, 2)            # (b,c,h,w) -> (b,h·w,c)
         return x + super().forward(places).transpose(1, 2).unflatten(2, x.shape[2:])
 
-# %% ../nbs/08_vae.ipynb #e4cbddfc
+# %% ../nbs/08_vae.ipynb #cb84fbb6
 class Block(nn.Module):
     "ResNets, then another size: `DownEncoderBlock2D` and `UpDecoderBlock2D` of the reference."
     def __init__(self,
@@ -99,6 +100,7 @@ class Block(nn.Module):
             for layer in layers: x = layer(x)
         return x
 
+# %% ../nbs/08_vae.ipynb #646e0830
 def _parts(groups):
     "A ResNet and the lowest floor without time, and the last normalization, as all of the VAE has them"
     resnet = partial(ResnetBlock2D, temb_channels=None, groups=groups, eps=1e-6)
@@ -174,7 +176,7 @@ class Decoded(NamedTuple):
     sample:Tensor # pictures, (b,3,h,w)
     moments:Tensor|None=None # means and log variances of the latents, if the pictures were encoded just before
 
-# %% ../nbs/08_vae.ipynb #f839f894
+# %% ../nbs/08_vae.ipynb #e1f8c331
 class AutoencoderKL(Model):
     "Picture to latent and back: the autoencoder of Stable Diffusion (Rombach and others, 2022), in diffusers' names."
     def __init__(self,
@@ -199,26 +201,30 @@ class AutoencoderKL(Model):
     ):
         "Raises `ValueError` for a config that makes no VAE."
         super().__init__()
-        _check_config(self.config)
-        size = block_out_channels, layers_per_block, norm_num_groups
-        self.encoder = Encoder(in_channels, 2*latent_channels, *size)
-        self.decoder = Decoder(latent_channels, out_channels, *size)
-        if use_quant_conv: self.quant_conv = nn.Conv2d(2*latent_channels, 2*latent_channels, 1)
-        if use_post_quant_conv: self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.use_slicing = self.use_tiling = False
-        self.factor = 2**(len(block_out_channels) - 1)                    # a latent is that much smaller
+        self._build(self.config)
 
-# %% ../nbs/08_vae.ipynb #3be3e309
+# %% ../nbs/08_vae.ipynb #b04d95fb
+@patch
+def _build(self:AutoencoderKL, c):
+    "The parts that a config asks for"
+    _check_config(c)
+    size, z = (c.block_out_channels, c.layers_per_block, c.norm_num_groups), c.latent_channels
+    self.encoder, self.decoder = Encoder(c.in_channels, 2*z, *size), Decoder(z, c.out_channels, *size)
+    if c.use_quant_conv: self.quant_conv = nn.Conv2d(2*z, 2*z, 1)
+    if c.use_post_quant_conv: self.post_quant_conv = nn.Conv2d(z, z, 1)
+    self.use_slicing = self.use_tiling = False
+    self.factor = 2**(len(c.block_out_channels) - 1)                      # a latent is that much smaller
+
 def _check_config(config):
     "Raises `ValueError` for what no `AutoencoderKL` of ours can have"
-    levels = len(config.block_out_channels)
-    for name, value in dict(down_block_types=('DownEncoderBlock2D',)*levels, up_block_types=('UpDecoderBlock2D',)*levels,
-                            act_fn='silu', mid_block_add_attention=True).items():
+    levels, groups = len(config.block_out_channels), config.norm_num_groups
+    kinds = dict(down_block_types=('DownEncoderBlock2D',)*levels, up_block_types=('UpDecoderBlock2D',)*levels)
+    for name, value in dict(kinds, act_fn='silu', mid_block_add_attention=True).items():
         if config[name] != value: raise ValueError(f'{name} must be {value!r}, not {config[name]!r}')
-    wrong = [c for c in config.block_out_channels if c % config.norm_num_groups]
-    if wrong: raise ValueError(f'norm_num_groups, {config.norm_num_groups}, must divide all block_out_channels, not {wrong}')
+    wrong = [c for c in config.block_out_channels if c % groups]
+    if wrong: raise ValueError(f'norm_num_groups, {groups}, must divide all block_out_channels, not {wrong}')
 
-# %% ../nbs/08_vae.ipynb #5adcc212
+# %% ../nbs/08_vae.ipynb #21ca3055
 @patch
 def encode(self:AutoencoderKL,
     x:Tensor, # pictures in [-1, 1], (b,3,h,w); h and w divisible by 8 (with four levels)
@@ -226,8 +232,7 @@ def encode(self:AutoencoderKL,
 ) -> Encoded: # `.latent_dist`, whose `sample()` and `mode()` are (b,4,h/8,w/8)
     "Pictures to latents, not scaled yet. Raises `ValueError` for what is no batch of such pictures."
     _check_pictures(x, self.config.in_channels, self.factor, self.dtype)
-    parts = x.split(1) if self.use_slicing else [x]
-    return Encoded(DiagonalGaussian(torch.cat([self._moments(part) for part in parts])))
+    return Encoded(DiagonalGaussian(torch.cat([*map(self._moments, x.split(1 if self.use_slicing else len(x)))])))
 
 @patch
 def decode(self:AutoencoderKL,
@@ -237,8 +242,9 @@ def decode(self:AutoencoderKL,
 ) -> Decoded: # `.sample`, (b,3,h,w), about [-1, 1]
     "Latents to pictures. Raises `ValueError` for what is no batch of latents."
     _check_latents(z, self.config.latent_channels, self.dtype)
-    return Decoded(torch.cat([self._pictures(part) for part in (z.split(1) if self.use_slicing else [z])]))
+    return Decoded(torch.cat([*map(self._pictures, z.split(1 if self.use_slicing else len(z)))]))
 
+# %% ../nbs/08_vae.ipynb #e7837e72
 @patch
 def forward(self:AutoencoderKL,
     sample:Tensor, # pictures in [-1, 1], (b,3,h,w)
@@ -248,20 +254,18 @@ def forward(self:AutoencoderKL,
 ) -> Decoded: # `.sample`, (b,3,h,w), and `.moments`, (b,8,h/8,w/8)
     "There and back. Raises `ValueError` for what is no batch of pictures."
     _check_pictures(sample, self.config.in_channels, self.factor, self.dtype)
-    moments = self._moments(sample)
-    dist = DiagonalGaussian(moments)
+    dist = DiagonalGaussian(moments := self._moments(sample))
     return Decoded(self._pictures(dist.sample(generator) if sample_posterior else dist.mode()), moments)
 
-# %% ../nbs/08_vae.ipynb #07014a15
+# %% ../nbs/08_vae.ipynb #d3121efa
 def _check_pictures(x, channels, factor, dtype):
     "Raises `ValueError` unless `x` is a batch of pictures in [-1, 1] whose sides the encoder can halve"
-    wanted = f'pictures must be a floating tensor (b,{channels},h,w) in [-1, 1]'
+    wanted = f'pictures must be a floating tensor (b,{channels},h,w) in [-1, 1], as `images.to_pictures` makes them'
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f'{wanted}, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}; see `images.to_pictures`')
-    if x.ndim != 4 or x.shape[1] != channels or not x.numel():
-        raise ValueError(f'{wanted}, not {tuple(x.shape)}; see `images.to_pictures`')
+        raise ValueError(f'{wanted}, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
+    if x.ndim != 4 or x.shape[1] != channels or not x.numel(): raise ValueError(f'{wanted}, not {tuple(x.shape)}')
     if x.shape[2] % factor or x.shape[3] % factor:
-        raise ValueError(f'height and width must be divisible by {factor}, not {x.shape[2]}×{x.shape[3]}; see `images.to_pictures`')
+        raise ValueError(f'height and width must be divisible by {factor}, not {x.shape[2]}×{x.shape[3]}: cut them')
     if x.dtype != dtype: raise ValueError(f'the pictures are {x.dtype}, the VAE is {dtype}: convert one of them')
     low, high = x.aminmax()
     if not (low >= -1.01 and high <= 1.01): raise ValueError(f'{wanted}; these reach from {low:.3g} to {high:.3g}')
@@ -273,30 +277,9 @@ def _check_latents(z, channels, dtype):
         raise ValueError(f'{wanted}, not {z.dtype if isinstance(z, Tensor) else type(z).__name__}')
     if z.ndim != 4 or z.shape[1] != channels or not z.numel(): raise ValueError(f'{wanted}, not {tuple(z.shape)}')
     if z.dtype != dtype: raise ValueError(f'the latents are {z.dtype}, the VAE is {dtype}: convert one of them')
-    if not z.isfinite().all(): raise ValueError(f'{(~z.isfinite()).sum()} of the {z.numel()} numbers of the latents are not finite')
+    if bad := (~z.isfinite()).sum(): raise ValueError(f'{bad} of the {z.numel()} numbers of the latents are not finite')
 
-# %% ../nbs/08_vae.ipynb #b86bf073
-def _fade(before, after, n, dim):
-    "`after`, whose first n rows or columns come gradually out of the last n of `before`"
-    n = min(before.shape[dim], after.shape[dim], n)
-    share = (torch.arange(n, device=after.device, dtype=after.dtype)/n).view([-1 if d == dim else 1 for d in range(4)])
-    seam = torch.lerp(before.narrow(dim, before.shape[dim] - n, n), after.narrow(dim, 0, n), share)
-    return torch.cat([seam, after.narrow(dim, n, after.shape[dim] - n)], dim)
-
-def _in_tiles(f, x, tile, out, overlap=.25):
-    "f(x), computed in squares of side `tile` that overlap by a quarter; f turns such a square into one of side `out`"
-    stride, fade, rows, above = int(tile*(1 - overlap)), int(out*overlap), [], []
-    for i in range(0, x.shape[2], stride):
-        row = []
-        for j in range(0, x.shape[3], stride):
-            new = f(x[:, :, i:i + tile, j:j + tile])
-            if above: new = _fade(above[len(row)], new, fade, 2)
-            row.append(_fade(row[-1], new, fade, 3) if row else new)
-        rows.append(torch.cat([t[:, :, :out - fade, :out - fade] for t in row], 3))
-        above = row
-    return torch.cat(rows, 2)
-
-# %% ../nbs/08_vae.ipynb #d83273d4
+# %% ../nbs/08_vae.ipynb #9a0f21d7
 @patch
 def _moments(self:AutoencoderKL, x):
     "Means and log variances (b,8,h/8,w/8) of pictures"
@@ -312,23 +295,9 @@ def _pictures(self:AutoencoderKL, z):
     small = tile//self.factor
     return _in_tiles(f, z, small, tile) if self.use_tiling and max(z.shape[2:]) > small else f(z)
 
-@patch
-def enable_slicing(self:AutoencoderKL,
-    on:bool=True, # False: all pictures of a batch at once again
-):
-    "One picture of a batch after the other: less memory."
-    self.use_slicing = on
-
-@patch
-def enable_tiling(self:AutoencoderKL,
-    on:bool=True, # False: whole pictures again
-):
-    "Big pictures in overlapping tiles of `sample_size`: less memory; the seams are nearly invisible."
-    self.use_tiling = on
-
-# %% ../nbs/08_vae.ipynb #b760347b
-VAE = dict(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=4, sample_size=64, latent_channels=4,
-           down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)
+# %% ../nbs/08_vae.ipynb #fdf44f83
+VAE = dict(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=4, sample_size=64,
+           down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, latent_channels=4)
 
 def vae_loss(
     output:tuple[Tensor, Tensor], # of the VAE: pictures (b,3,h,w), and moments (b,8,h/8,w/8)
@@ -339,25 +308,6 @@ def vae_loss(
     pictures, moments = output
     kl = DiagonalGaussian(moments).kl().mean()/(moments[0].numel()/2)
     return F.mse_loss(pictures, x) + kl_weight*kl
-
-# %% ../nbs/08_vae.ipynb #a52cb9d1
-def scale_of(
-    vae:AutoencoderKL, # trained
-    pictures:Tensor, # some hundred typical ones, in [-1, 1], (n,3,h,w)
-) -> float: # 1 / standard deviation of their latents, above 0
-    "The `scaling_factor`: latents times this have the variance that noise has."
-    latents = torch.cat([vae.encode(x).latent_dist.sample(torch.Generator(x.device).manual_seed(0)) for x in pictures.split(64)])
-    return 1/latents.std().item()
-
-def _reconstruction(seed):
-    "A training's task: the picture itself is the right answer"
-    from sdcourse.training import Task
-    class Reconstruction(Task):
-        def before_batch(self): self.learn.xb, self.learn.yb = (self.x, True, True, self.generator), (self.x,)
-        def shuffle(self, generator): return new_scenes(generator)
-    task = Reconstruction()
-    task.seed, task.facts = seed, dict(seed=seed)
-    return task
 
 # %% ../nbs/08_vae.ipynb #530d166f
 def psnr(
@@ -382,7 +332,40 @@ def ssim(
     result = (2*ma*mb + c1)*(2*cov + c2)/((ma**2 + mb**2 + c1)*(va + vb + c2))
     return result.flatten(1).mean(1)
 
-# %% ../nbs/08_vae.ipynb #9108e7c1
+# %% ../nbs/08_vae.ipynb #bb2da70d
+def scale_of(
+    vae:AutoencoderKL, # trained
+    pictures:Tensor, # some hundred typical ones, in [-1, 1], (n,3,h,w)
+) -> float: # 1 / standard deviation of their latents, above 0
+    "The `scaling_factor`: latents times this have the variance that noise has."
+    def latents(x): return vae.encode(x).latent_dist.sample(torch.Generator(x.device).manual_seed(0))
+    return 1/torch.cat([latents(x) for x in pictures.split(64)]).std().item()
+
+# %% ../nbs/08_vae.ipynb #efebe9e5
+def _reconstruction(seed):
+    "A training's task: the picture itself is the right answer"
+    from sdcourse.training import Task
+    class Reconstruction(Task):
+        def before_batch(self): self.learn.xb, self.learn.yb = (self.x, True, True, self.generator), (self.x,)
+        def shuffle(self, generator): return new_scenes(generator)
+    task = Reconstruction()
+    task.seed, task.facts = seed, dict(seed=seed)
+    return task
+
+# %% ../nbs/08_vae.ipynb #82e11f5a
+def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress, config):
+    "The training itself: new weights, endless scenes; the learner and its losses"
+    from fastai.callback.training import GradientClip
+    from sdcourse.training import fit, make_learner
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(**{**VAE, **config})
+    dls = scene_dataloaders(bs, n, seed=seed, device=device or default_device())
+    learn = make_learner(dls, vae, _reconstruction(seed), partial(vae_loss, kl_weight=kl_weight), dtype=dtype)
+    return learn, fit(learn, epochs, lr, folder=output, progress=progress, cbs=[GradientClip(1.)],
+                      settings=dict(batch=bs, kl_weight=kl_weight, config=str(config)))
+
+# %% ../nbs/08_vae.ipynb #00fa0749
 def train_vae(
     output:str|Path, # the folder for weights and manifest; made if need be. A training that was cut short goes on
     epochs:int=8, # at least 1
@@ -397,32 +380,24 @@ def train_vae(
     **config, # of the VAE, where it differs from `VAE`
 ) -> dict: # the manifest: seed, epochs, steps, seconds, losses, PSNR, sha256
     "Train the autoencoder of scenes. Saved in half precision, with the factor that makes its latents' variance 1."
-    from fastai.callback.training import GradientClip
-    from sdcourse.training import CHECKPOINT, fit, make_learner
-    output = Path(output)
-    try: output.mkdir(parents=True, exist_ok=True)                        # better now than after the training
+    from sdcourse.training import CHECKPOINT
+    try: (output := Path(output)).mkdir(parents=True, exist_ok=True)        # better now than after the training
     except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(**{**VAE, **config})
-    dls = scene_dataloaders(bs, n, seed=seed, device=device or default_device())
-    learn = make_learner(dls, vae, _reconstruction(seed), partial(vae_loss, kl_weight=kl_weight), dtype=dtype)
-    losses = fit(learn, epochs, lr, folder=output, settings=dict(batch=bs, kl_weight=kl_weight, config=str(config)),
-                 progress=progress, cbs=[GradientClip(1.)])
-    manifest = save_vae(learn.ema.average, output, seed=seed, epochs=epochs, steps=epochs*len(dls.train), batch=bs, lr=lr,
-        kl_weight=kl_weight, dtype=str(dtype).removeprefix('torch.'), device=dls.device.type,
+    learn, losses = _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress, config)
+    manifest = save_vae(learn.ema.average, output, seed=seed, epochs=epochs, steps=epochs*len(learn.dls.train),
+        batch=bs, lr=lr, kl_weight=kl_weight, dtype=str(dtype).removeprefix('torch.'), device=learn.dls.device.type,
         seconds=losses[-1]['seconds'], losses=losses)
     (output/CHECKPOINT).unlink(missing_ok=True)
     return manifest
 
-# %% ../nbs/08_vae.ipynb #01bf3ff1
+# %% ../nbs/08_vae.ipynb #1f2cb542
 @torch.no_grad()
 def save_vae(
     vae:AutoencoderKL, # trained
     output:str|Path, # the folder
     **facts, # what the manifest should say besides
 ) -> dict: # the manifest
-    "Save weights and manifest, with the scaling factor measured on 1,000 training scenes and PSNR on 1,000 test scenes."
+    "Save weights and manifest: scaling factor measured on 1,000 training scenes, PSNR on 1,000 test scenes."
     pictures = Scenes('train', 1000, seed=2).batch(range(1000))[0].to(vae.device)
     final = AutoencoderKL(**{**vae.config, 'scaling_factor': scale_of(vae, pictures)}).to(vae.device)
     final.load_state_dict(vae.state_dict())
@@ -432,7 +407,52 @@ def save_vae(
     back = torch.cat([stored(x).sample for x in test.split(64)])
     return write_manifest(output, **facts, psnr=psnr(back, test).mean().item())
 
-# %% ../nbs/08_vae.ipynb #0dc1caa0
+# %% ../nbs/08_vae.ipynb #b86bf073
+def _fade(before, after, n, dim):
+    "`after`, whose first n rows or columns come gradually out of the last n of `before`"
+    n = min(before.shape[dim], after.shape[dim], n)
+    share = (torch.arange(n, device=after.device, dtype=after.dtype)/n).view([-1 if d == dim else 1 for d in range(4)])
+    seam = torch.lerp(before.narrow(dim, before.shape[dim] - n, n), after.narrow(dim, 0, n), share)
+    return torch.cat([seam, after.narrow(dim, n, after.shape[dim] - n)], dim)
+
+def _in_tiles(f, x, tile, out, overlap=.25):
+    "f(x), computed in squares of side `tile` that overlap by a quarter; f turns such a square into one of side `out`"
+    stride, fade, rows, above = int(tile*(1 - overlap)), int(out*overlap), [], []
+    for i in range(0, x.shape[2], stride):
+        row = []
+        for j in range(0, x.shape[3], stride):
+            new = f(x[:, :, i:i + tile, j:j + tile])
+            if above: new = _fade(above[len(row)], new, fade, 2)
+            row.append(_fade(row[-1], new, fade, 3) if row else new)
+        rows.append(torch.cat([t[:, :, :out - fade, :out - fade] for t in row], 3))
+        above = row
+    return torch.cat(rows, 2)
+
+# %% ../nbs/08_vae.ipynb #12e3e382
+@patch(cls_method=True)
+def modernize(cls:AutoencoderKL,
+    weights:dict[str, Tensor], # by name, as a file has them
+) -> dict[str, Tensor]: # by the names of today
+    "The attention's older names: query, key, value and proj_attn."
+    today = dict(query='to_q', key='to_k', value='to_v', proj_attn='to_out.0')
+    return {'.'.join(today.get(part, part) for part in name.split('.')): w for name, w in weights.items()}
+
+# %% ../nbs/08_vae.ipynb #457521f8
+@patch
+def enable_slicing(self:AutoencoderKL,
+    on:bool=True, # False: all pictures of a batch at once again
+):
+    "One picture of a batch after the other: less memory."
+    self.use_slicing = on
+
+@patch
+def enable_tiling(self:AutoencoderKL,
+    on:bool=True, # False: whole pictures again
+):
+    "Big pictures in overlapping tiles of `sample_size`: less memory; the seams are nearly invisible."
+    self.use_tiling = on
+
+# %% ../nbs/08_vae.ipynb #4a1d3d44
 @torch.no_grad()
 def cache_latents(
     vae:AutoencoderKL, # that encodes
@@ -446,18 +466,18 @@ def cache_latents(
     if not path.parent.is_dir(): raise ValueError(f'there is no folder {path.parent}')
     parts = []
     for ids in torch.arange(len(scenes)).split(bs):
-        images = scenes.batch(ids.tolist())[0].to(vae.device, vae.dtype)
-        dist = vae.encode(images).latent_dist
+        dist = vae.encode(scenes.batch(ids.tolist())[0].to(vae.device, vae.dtype)).latent_dist
         parts.append(torch.cat([dist.mean, dist.logvar], dim=1).half().cpu())
     with atomic_path(path) as temporary: save_file({'moments': torch.cat(parts)}, temporary, metadata=made_of)
     return torch.cat(parts)
 
+# %% ../nbs/08_vae.ipynb #7ca5f89f
 def _read_latents(path, made_of):
     "The moments in a file of `cache_latents`; raises `ValueError` if something else made it"
     again = 'remove it, or name another file'
     try:
         with safe_open(path, framework='pt') as file: found, moments = file.metadata() or {}, file.get_tensor('moments')
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is damaged or no cache of latents, {again}: {e}') from e
+    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no cache of latents, {again}: {e}') from e
     for name, value in made_of.items():
         if found.get(name) != value:
             raise ValueError(f'{path} was made with another {name}, {again}: {found.get(name)}, and not {value}')

@@ -23,6 +23,7 @@ from sdcourse.images import (
     save_image,
     show_images,
     show_latents,
+    to_pictures,
     to_pil,
     to_tensor,
 )
@@ -85,6 +86,51 @@ def test_to_tensor_refuses(bad):
     torch.zeros(1, 1, 2, 2), torch.zeros(1, 0, 2), np.zeros((1, 2, 2)), None])
 def test_to_pil_refuses(bad):
     with pytest.raises(ValueError): to_pil(bad)
+
+
+@given(seed=seeds, n=st.integers(1, 3), h=sides, w=sides, grey=st.booleans(), pil=st.booleans())
+def test_to_pictures_keeps_what_fits(seed, n, h, w, grey, pil):
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, h, w, 1 if grey else 3), dtype=np.uint8)
+    given = [Image.fromarray(p[..., 0] if grey else p) if pil else p for p in pixels]
+    found = to_pictures(given)
+    assert found.shape == (n, 3, h, w) and found.dtype == torch.float32
+    assert found.equal(torch.stack([to_tensor(p).expand(3, -1, -1) for p in pixels]))
+    assert to_pictures(given[0]).equal(found[:1]) and to_pictures(tuple(given)).equal(found)
+
+
+@pytest.mark.parametrize('mode, pixel, expected', [
+    ('L', 51, [51, 51, 51]), ('RGB', (10, 20, 30), [10, 20, 30]), ('1', 1, [255]*3), ('P', 0, [0]*3),
+    ('RGBA', (10, 20, 30, 0), [255]*3), ('RGBA', (0, 0, 0, 51), [204]*3), ('LA', (9, 0), [255]*3)])
+@pytest.mark.parametrize('size', [None, 5])
+def test_to_pictures_of_other_modes(mode, pixel, expected, size):
+    found = to_pictures(Image.new(mode, (4, 3), pixel), size)
+    assert found.shape == ((1, 3, 3, 4) if size is None else (1, 3, 5, 5))
+    for corner in (found[0, :, 0, 0], found[0, :, -1, -1]):
+        assert ((corner + 1)*127.5).round().tolist() == expected
+
+
+def test_to_pictures_cuts_the_middle_out():
+    "The sides of a broad picture go, a high one's top and bottom; a small one grows"
+    broad = np.zeros((4, 12, 3), np.uint8)
+    broad[:, 4:8] = 200
+    for pixels in (broad, broad.transpose(1, 0, 2).copy()):
+        assert (((to_pictures(pixels, 4) + 1)*127.5).round() == 200).all()
+    assert to_pictures([broad, broad.transpose(1, 0, 2).copy()], 8).shape == (2, 3, 8, 8)
+    same = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert to_pictures(same, 8).equal(to_pictures(same))
+
+
+@pytest.mark.parametrize('given, options, words', [
+    ([], {}, 'at least one picture is needed, got none'), ((), {'size': 8}, 'got none'),
+    (Image.new('I;16', (2, 2)), {}, "8 bits a channel is needed, got mode 'I;16'"),
+    (Image.new('I', (2, 2)), {'size': 8}, "got mode 'I'"), (Image.new('F', (2, 2)), {}, "got mode 'F'"),
+    (np.zeros((2, 2), np.uint16), {}, 'must be uint8, 0..255, got uint16'),
+    (np.zeros((2, 2, 3), np.float32), {}, 'got float32'), (np.zeros((2, 2, 4), np.uint8), {}, r'got \(2, 2, 4\)'),
+    ([np.zeros((2, 3), np.uint8), np.zeros((2, 2), np.uint8)], {}, r'one size, got \[\(2, 2\), \(2, 3\)\]; `size`'),
+    (np.zeros((2, 2), np.uint8), {'size': 0}, 'size must be a whole number of at least 1, got 0'),
+    (np.zeros((2, 2), np.uint8), {'size': 2.5}, 'got 2.5'), (Image.new('L', (2, 2)), {'size': (8, 8)}, 'size must')])
+def test_to_pictures_refuses(given, options, words):
+    with pytest.raises(ValueError, match=words): to_pictures(given, **options)
 
 
 @given(n=st.integers(1, 7), ncols=st.integers(1, 8), pad=st.integers(0, 3), c=channels)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from sdcourse.data import mnist
+from sdcourse.data import INKS, Scene, Scenes, Thing, compose, mnist
 from sdcourse.gradients import DigitClassifier, accuracy
-from sdcourse.metrics import (bootstrap, covered, cubic_kernel, evaluate, features, frechet_distance, gaussian,
-                              gaussian_distance, kernel_distance, precision_recall, radii, random_digits,
+from sdcourse.metrics import (bootstrap, covered, cubic_kernel, cut_out, evaluate, features, frechet_distance, gaussian,
+                              gaussian_distance, kernel_distance, precision_recall, radii, random_digits, read_scenes,
                               symmetric_root)
 
 seeds = st.integers(0, 10_000)
@@ -265,6 +265,91 @@ def test_evaluate_on_each_device(device, sheet, real):
     there = evaluate(sheet.images, sheet.labels, real, repeats=40)
     assert found['fid']['value'] == pytest.approx(there['fid']['value'], rel=1e-2)
     assert found['label_accuracy']['value'] == pytest.approx(there['label_accuracy']['value'], abs=.011)
+
+
+# scenes
+
+@pytest.fixture(scope='module')
+def scenes(): return Scenes('test', 600, seed=3).batch(range(600))
+
+
+def truth(scenes):
+    "Digits and numbers of inks of all things"
+    things = [thing for scene in scenes for thing in scene.things]
+    return torch.tensor([t.digit for t in things]), torch.tensor([list(INKS).index(t.color) for t in things])
+
+
+def placed(*things): return Scene(None, '', tuple(Thing(0, 'red', None, *where) for where in things), None)
+
+
+def test_cut_out_at_whole_pixels():
+    "A thing of 28 pixels, its centre between two of them, is cut out as it is"
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))*2 - 1
+    found = cut_out(images, [placed((20, 30, 28.)), placed((14, 14, 28.), (50, 50, 28.))])
+    wanted = torch.stack([images[0, :, 16:44, 6:34], images[1, :, :28, :28], images[1, :, 36:, 36:]])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_cut_out_by_hand():
+    "A square of 56 pixels becomes one of 28: each pixel the mean of four; what lies outside continues the edge"
+    images = torch.full((1, 3, 64, 64), -1.)
+    images[:, 0, 20:24, 30:36] = 1
+    found = cut_out(images, [placed((32, 32, 56.))])
+    wanted = torch.full((3, 28, 28), -1.)
+    wanted[0, 8:10, 13:16] = 1
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-4)
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    found = cut_out(ramp, [placed((4, 32, 28.))])
+    assert (found[..., :10] == -1).all() and (found.diff(dim=-1) >= -1e-6).all()
+    torch.testing.assert_close(found[0, :, :, 10:], ramp[0, :, 18:46, :18], rtol=0, atol=1e-4)
+
+
+def test_scenes_are_read(classifier, scenes):
+    images, chosen = scenes
+    kept = images.clone()
+    (digits, inks), (labels, colors) = read_scenes(images, chosen, classifier), truth(chosen)
+    assert digits.shape == inks.shape == labels.shape and digits.dtype == inks.dtype == torch.int64
+    assert (digits == labels).float().mean() >= .96 and (inks == colors).float().mean() >= .995
+    assert torch.equal(images, kept)
+
+
+def test_scenes_are_read_one_by_one(scenes):
+    images, chosen = scenes
+    together, (a, b) = read_scenes(images[:9], chosen[:9]), zip(*(read_scenes(images[i:i+1], [chosen[i]])
+                                                                  for i in range(9)))
+    assert torch.equal(together[0], torch.cat(a)) and torch.equal(together[1], torch.cat(b))
+
+
+@pytest.mark.parametrize('color', INKS)
+def test_each_ink_is_told_from_the_others(color):
+    chosen = compose([(7, color)], n=20)
+    images = torch.stack([scene.image for scene in chosen])
+    for picture in (images, images*.9 - .1, (images + 1)*.7 - 1):           # darker, it is the same hue
+        assert (read_scenes(picture, chosen)[1] == list(INKS).index(color)).float().mean() >= .95
+
+
+def test_scenes_on_each_device(device, scenes):
+    images, chosen = scenes
+    there, here = read_scenes(images[:50].to(device), chosen[:50]), read_scenes(images[:50], chosen[:50])
+    for a, b in zip(there, here): assert a.device.type == device and (a.cpu() == b).float().mean() >= .98
+
+
+@pytest.mark.parametrize('grey', [-1., 0., 1., 7.])
+def test_blank_scenes(scenes, grey):
+    "No picture, no NaN: whatever is read is a digit and an ink"
+    chosen = scenes[1][:8]
+    images = torch.full((8, 3, 64, 64), grey)
+    assert cut_out(images, chosen).isfinite().all()
+    digits, inks = read_scenes(images, chosen)
+    assert digits.min() >= 0 and digits.max() <= 9 and inks.min() >= 0 and inks.max() < len(INKS)
+
+
+def test_wrong_pictures_are_read_wrong(classifier, scenes):
+    "Pictures of other scenes: a digit in ten is right by chance, hardly more"
+    images, chosen = scenes
+    digits, inks = read_scenes(images.flip(0), chosen, classifier)
+    labels, colors = truth(chosen)
+    assert (digits == labels).float().mean() < .25 and (inks == colors).float().mean() < .3
 
 
 # what is refused

@@ -15,7 +15,8 @@ from torch import nn
 
 from sdcourse import model as module
 from sdcourse.images import os as module_os
-from sdcourse.model import Config, Model, default_device, find_pretrained, read_manifest, shipped, write_manifest
+from sdcourse.model import (Config, Model, default_device, find_pretrained, fingerprint, read_manifest, shipped,
+                            write_manifest)
 
 WEIGHTS = Model.weights_name
 
@@ -512,6 +513,63 @@ def test_half_precision_both_ways(tmp_path, x):
     assert theirs(x).equal(Tiny.from_pretrained(folder)(x))
     theirs.to(torch.float16).save_pretrained(tmp_path/'theirs')
     assert Tiny.from_pretrained(tmp_path/'theirs', dtype=None).conv.weight.equal(theirs.conv.weight)
+
+
+# fingerprints
+
+def test_fingerprint_of_copies(tmp_path, x):
+    model = Tiny()
+    found = fingerprint(model)
+    assert len(found) == 64 and set(found) <= set('0123456789abcdef') and fingerprint(model) == found
+    assert fingerprint(copy.deepcopy(model)) == found == fingerprint(copy.deepcopy(model).eval())
+    assert fingerprint(Tiny.from_pretrained(model.save_pretrained(tmp_path))) == found
+    assert fingerprint(Tied()) and fingerprint(nn.Linear(2, 2).half()) and fingerprint(nn.ReLU())
+    turned = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert fingerprint(turned) == found, 'the same numbers, however they lie in memory'
+
+
+@pytest.mark.parametrize('name', ['conv.weight', 'out.bias', 'norm.running_var', 'norm.num_batches_tracked'])
+def test_one_bit_changes_the_fingerprint(name):
+    model = Tiny()
+    before = fingerprint(model)
+    weight = model.state_dict()[name]
+    raw = weight.view(-1).view(torch.uint8)
+    raw[0] ^= 1
+    assert fingerprint(model) != before
+    raw[0] ^= 1
+    assert fingerprint(model) == before
+
+
+def test_names_shapes_and_types_change_the_fingerprint():
+    class Other(nn.Module):
+        def __init__(self, name, *shape, dtype=torch.float32):
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, dtype=dtype)))
+    kinds = (Other('a', 4), Other('b', 4), Other('a', 2, 2), Other('a', 4, 1), Other('a', 5),
+             Other('a', 2, dtype=torch.float64), Other('a', 8, dtype=torch.float16))
+    assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
+
+
+# weights with names of the past
+
+class Renamed(Tiny):
+    "Its `out` was called `last` once"
+    @classmethod
+    def modernize(cls, weights): return {k.replace('last.', 'out.'): v for k, v in weights.items()}
+
+
+def test_old_names_are_read(tmp_path, x):
+    model = Renamed().eval()
+    path = model.save_pretrained(tmp_path)/WEIGHTS
+    assert Renamed.from_pretrained(tmp_path)(x).equal(model(x)), 'names of today stay'
+    save_file({k.replace('out.', 'last.'): v for k, v in load_file(path).items()}, path, metadata={'format': 'pt'})
+    assert Renamed.from_pretrained(tmp_path)(x).equal(model(x))
+    config = tmp_path/'config.json'
+    config.write_text(config.read_text().replace('Renamed', 'Tiny'))
+    with pytest.raises(ValueError, match='2 missing: out.weight, out.bias; 2 unexpected: last'):
+        Tiny.from_pretrained(tmp_path)
+    weights = model.state_dict()
+    assert Tiny.modernize(weights) is weights
 
 
 def test_import_is_light():

@@ -31,10 +31,12 @@ with warnings.catch_warnings():
         Autocast,
         Noising,
         PlainDenoiser,
+        Task,
         diffusion_learner,
         epoch_generator,
         fit,
         loss_by_timestep,
+        make_learner,
     )
 
 ABAR = make_alphas_cumprod(make_betas('squaredcos_cap_v2'))
@@ -485,3 +487,81 @@ def test_callbacks_work_in_any_learner(device):
     learn = Learner(few(device), PlainDenoiser(4, 2).to(device), loss_func=F.mse_loss, cbs=[Noising(ABAR), EMA()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert learn.ema.steps == 5
+
+
+# ---- other tasks
+
+class Doubled(Task):
+    "From a picture to twice the picture, and to its mean"
+    def __init__(self, seed=0, facts=None):
+        super().__init__()
+        self.seed, self.facts = seed, facts or {}
+
+    def before_batch(self): self.learn.xb, self.learn.yb = (self.x,), (2*self.x,)
+
+
+class Two(nn.Module):
+    "Says two things at once"
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x): return self.layer(x), x.mean((1, 2, 3))
+
+
+def two_losses(output, x): return F.mse_loss(output[0], x) + F.mse_loss(output[1], x.mean((1, 2, 3))/2)
+
+
+def make_task(device='cpu', task=None, **kwargs):
+    "A learner of the task above, always the same start"
+    torch.manual_seed(0)
+    return make_learner(few(device), Two(), task or Doubled(), two_losses, **kwargs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_any_task(device, dtype):
+    "Answers of two parts: both come back in float32, whatever the model computes in"
+    seen, learn = [], make_task(device, dtype=dtype)
+    inside = set()
+    learn.model.layer.register_forward_hook(lambda layer, args, output: inside.add(output.dtype))
+    rows = train(learn, 4, 5e-2, cbs=[Callback(after_pred=lambda self: seen.append(self.pred))])
+    assert inside == {dtype} and rows[-1]['valid'] < .5*rows[0]['valid']
+    assert all(isinstance(pred, tuple) and {p.dtype for p in pred} == {torch.float32} for pred in seen)
+    assert not torch.is_autocast_enabled(device) and learn.ema.steps == 20
+
+
+def test_facts_reach_the_checkpoint(tmp_path):
+    stop = Callback(before_batch=lambda self: (_ for _ in ()).throw(Stop) if self.epoch == 1 else None)
+    facts = dict(weight=.5, kind='doubled')
+    with pytest.raises(Stop): train(make_task(task=Doubled(3, facts), ema=.9), folder=tmp_path, cbs=[stop])
+    kept = torch.load(tmp_path/CHECKPOINT, weights_only=True)['settings']
+    assert {k: kept[k] for k in facts} == facts and kept['ema'] == .9 and kept['steps'] == 5
+    other = make_task(task=Doubled(3, facts | dict(weight=.6)), ema=.9)
+    refused(tmp_path, 'another training.*weight was 0.5 and is 0.6$', other)
+    assert len(train(make_task(task=Doubled(3, facts), ema=.9), folder=tmp_path)) == 3
+
+
+def order_of(seed, epochs=2):
+    "The first digits of each batch, training then validation, and a random number that the task drew"
+    seen, task = [], Doubled(seed)
+    def look(self):
+        number = torch.rand(1, generator=task.generator, device=task.where).item()
+        seen.append((self.epoch, self.training, self.x.flatten(1).sum(1).tolist(), number))
+    look = Callback(before_batch=look)
+    look.order = -5
+    train(make_task(task=task), epochs, cbs=[look])
+    return seen
+
+
+def test_a_task_shuffles_and_draws_by_seed_and_epoch():
+    a, b, c = order_of(1), order_of(1), order_of(2)
+    assert a == b != c
+    first, second = ([x[2:] for x in a if x[1] and x[0] == epoch] for epoch in (0, 1))
+    assert first != second and sorted(s for x in first for s in x[0]) == sorted(s for x in second for s in x[0])
+    first, second = ([x[2:] for x in a if not x[1] and x[0] == epoch] for epoch in (0, 1))
+    assert first == second, 'validation is always the same'
+
+
+@pytest.mark.parametrize('bad,message', [(dict(dtype=torch.float16), 'got torch.float16'), (dict(ema=1.), 'below 1')])
+def test_bad_arguments_of_make_learner(bad, message):
+    with pytest.raises(ValueError, match=message): make_task(**bad)
