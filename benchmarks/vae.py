@@ -34,7 +34,9 @@ import resource, sys
 import torch
 from sdcourse.vae import AutoencoderKL
 weights, side, tiles = sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'tiles'
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+def peak():  # of this process alone: what `resource` tells is inherited from whoever started it
+    lines = open('/proc/self/status').read().splitlines()
+    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1])/1024
 vae = AutoencoderKL.from_pretrained(weights)
 vae.enable_tiling(tiles)
 with torch.no_grad():

@@ -80,7 +80,7 @@ def to_pictures(
     if not images: raise ValueError('at least one picture is needed, got none')
     tensors = [to_tensor(image) for image in images]
     if size is not None:
-        if type(size) is not int or size < 1: raise ValueError(f'size must be a whole number of at least 1, got {size!r}')
+        if type(size) is not int or size < 1: raise ValueError(f'size must be a whole number from 1, got {size!r}')
         fit = partial(ImageOps.fit, size=(size, size), method=Image.Resampling.LANCZOS)
         tensors = [to_tensor(fit(to_pil(tensor))) for tensor in tensors]
     sizes = sorted({tuple(tensor.shape[1:]) for tensor in tensors})

@@ -80,7 +80,7 @@ def epoch_generator(
 
 # %% ../nbs/04_training.ipynb #7a5c0b1e
 class Task(Callback):
-    "What a training makes of a batch: the base of callbacks that put the input into `xb` and the right answer into `yb`."
+    "What a training makes of a batch: the base of callbacks that make input `xb` and right answer `yb`."
     seed, facts = 0, {}  # of everything random; what tells this training from others, as numbers and words
 
     def before_fit(self):

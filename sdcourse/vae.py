@@ -352,7 +352,7 @@ def _reconstruction(seed):
     task.seed, task.facts = seed, dict(seed=seed)
     return task
 
-# %% ../nbs/08_vae.ipynb #82e11f5a
+# %% ../nbs/08_vae.ipynb #e96a17a9
 def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress, config):
     "The training itself: new weights, endless scenes; the learner and its losses"
     from fastai.callback.training import GradientClip
@@ -360,7 +360,7 @@ def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKL(**{**VAE, **config})
-    dls = scene_dataloaders(bs, n, seed=seed, device=device or default_device())
+    dls = scene_dataloaders(bs, n, seed=seed, device=torch.empty(0, device=device or default_device()).device)
     learn = make_learner(dls, vae, _reconstruction(seed), partial(vae_loss, kl_weight=kl_weight), dtype=dtype)
     return learn, fit(learn, epochs, lr, folder=output, progress=progress, cbs=[GradientClip(1.)],
                       settings=dict(batch=bs, kl_weight=kl_weight, config=str(config)))

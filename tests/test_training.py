@@ -492,7 +492,7 @@ def test_callbacks_work_in_any_learner(device):
 # ---- other tasks
 
 class Doubled(Task):
-    "From a picture to twice the picture, and to its mean"
+    "From a picture to twice the picture"
     def __init__(self, seed=0, facts=None):
         super().__init__()
         self.seed, self.facts = seed, facts or {}
@@ -501,7 +501,7 @@ class Doubled(Task):
 
 
 class Two(nn.Module):
-    "Says two things at once"
+    "Says two things at once: what it was asked for, and the mean of what it got"
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(1, 1, 1)
@@ -525,14 +525,15 @@ def test_any_task(device, dtype):
     inside = set()
     learn.model.layer.register_forward_hook(lambda layer, args, output: inside.add(output.dtype))
     rows = train(learn, 4, 5e-2, cbs=[Callback(after_pred=lambda self: seen.append(self.pred))])
-    assert inside == {dtype} and rows[-1]['valid'] < .5*rows[0]['valid']
+    assert inside == {dtype} and rows[-1]['valid'] < .8*rows[0]['valid']
     assert all(isinstance(pred, tuple) and {p.dtype for p in pred} == {torch.float32} for pred in seen)
     assert not torch.is_autocast_enabled(device) and learn.ema.steps == 20
 
 
 def test_facts_reach_the_checkpoint(tmp_path):
-    stop = Callback(before_batch=lambda self: (_ for _ in ()).throw(Stop) if self.epoch == 1 else None)
-    facts = dict(weight=.5, kind='doubled')
+    def stop(self):
+        if self.epoch == 1: raise Stop('no power')
+    facts, stop = dict(weight=.5, kind='doubled'), Callback(before_batch=stop)
     with pytest.raises(Stop): train(make_task(task=Doubled(3, facts), ema=.9), folder=tmp_path, cbs=[stop])
     kept = torch.load(tmp_path/CHECKPOINT, weights_only=True)['settings']
     assert {k: kept[k] for k in facts} == facts and kept['ema'] == .9 and kept['steps'] == 5
