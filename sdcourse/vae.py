@@ -461,7 +461,7 @@ def cache_latents(
     bs:int=64, # scenes in a batch
 ) -> Tensor: # moments for `DiagonalGaussian`, float16, (n,8,8,8)
     "Encode once, use often. Raises `ValueError` for a file that another VAE or other scenes made, or that is damaged."
-    path, made_of = Path(path), dict(vae=fingerprint(vae), scenes=repr(scenes))
+    path, made_of = Path(path), dict(vae=fingerprint(vae), config=repr(vae.config), scenes=repr(scenes))
     if path.exists(): return _read_latents(path, made_of)
     if not path.parent.is_dir(): raise ValueError(f'there is no folder {path.parent}')
     parts = []
