@@ -277,7 +277,7 @@ def _plan(seed, indices):
 
 # %% ../nbs/01_data.ipynb #9a780208
 def _places(plan):
-    "Centres x and y and sizes, each (b,2) in pixels, such that digits stay inside, apart, and in their relation"
+    "Centres x and y and sizes, each (b,2) in pixels, such that digits stay nearly inside, apart and in relation"
     alone, chance = plan.relation[:, None] < 0, plan.chance
     size = torch.where(alone, 36 + 20*chance[..., 1], 28 + 8*chance[..., 1])
     margin = .43*size                                                     # what is written reaches that far
@@ -392,7 +392,7 @@ def compose(
 def new_scenes(
     generator:torch.Generator, # decides which
 ): # a function from a list of numbers to as many others
-    "A `shuffle_fn` for a loader of `scene_dataloaders`: each epoch gets scenes that no other had."
+    "A `shuffle_fn` for a loader of `scene_dataloaders`: each epoch gets scenes of its own."
     return lambda ids: torch.randint(_ENDLESS, (len(ids),), generator=generator).tolist()
 
 # %% ../nbs/01_data.ipynb #3ab0d551

@@ -327,6 +327,7 @@ def make_learner(
     learn.recorder.smooth_loss, learn.recorder.loss = SmoothLoss(), MeanLoss()
     return learn
 
+# %% ../nbs/04_training.ipynb #7a5c0b21
 def diffusion_learner(
     dls, # fastai `DataLoaders` of (pictures, labels)
     model:nn.Module, # (xt, t) or, with a null_label, (xt, t, None, labels) -> prediction
