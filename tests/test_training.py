@@ -524,7 +524,9 @@ def test_any_task(device, dtype):
     seen, learn = [], make_task(device, dtype=dtype)
     inside = set()
     learn.model.layer.register_forward_hook(lambda layer, args, output: inside.add(output.dtype))
-    rows = train(learn, 4, 5e-2, cbs=[Callback(after_pred=lambda self: seen.append(self.pred))])
+    look = Callback(after_pred=lambda self: seen.append(self.pred))
+    look.order = Autocast.order + 1
+    rows = train(learn, 4, 5e-2, cbs=[look])
     assert inside == {dtype} and rows[-1]['valid'] < .8*rows[0]['valid']
     assert all(isinstance(pred, tuple) and {p.dtype for p in pred} == {torch.float32} for pred in seen)
     assert not torch.is_autocast_enabled(device) and learn.ema.steps == 20
