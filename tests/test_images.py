@@ -127,7 +127,7 @@ def test_to_pictures_cuts_the_middle_out():
     (np.zeros((2, 2), np.uint16), {}, 'must be uint8, 0..255, got uint16'),
     (np.zeros((2, 2, 3), np.float32), {}, 'got float32'), (np.zeros((2, 2, 4), np.uint8), {}, r'got \(2, 2, 4\)'),
     ([np.zeros((2, 3), np.uint8), np.zeros((2, 2), np.uint8)], {}, r'one size, got \[\(2, 2\), \(2, 3\)\]; `size`'),
-    (np.zeros((2, 2), np.uint8), {'size': 0}, 'size must be a whole number of at least 1, got 0'),
+    (np.zeros((2, 2), np.uint8), {'size': 0}, 'size must be a whole number .*1, got 0'),
     (np.zeros((2, 2), np.uint8), {'size': 2.5}, 'got 2.5'), (Image.new('L', (2, 2)), {'size': (8, 8)}, 'size must')])
 def test_to_pictures_refuses(given, options, words):
     with pytest.raises(ValueError, match=words): to_pictures(given, **options)
