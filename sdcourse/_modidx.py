@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdcourse.vae._fade': ('vae.html#_fade', 'sdcourse/vae.py'),
                               'sdcourse.vae._fit_vae': ('vae.html#_fit_vae', 'sdcourse/vae.py'),
                               'sdcourse.vae._in_tiles': ('vae.html#_in_tiles', 'sdcourse/vae.py'),
+                              'sdcourse.vae._layout': ('vae.html#_layout', 'sdcourse/vae.py'),
                               'sdcourse.vae._parts': ('vae.html#_parts', 'sdcourse/vae.py'),
                               'sdcourse.vae._read_latents': ('vae.html#_read_latents', 'sdcourse/vae.py'),
                               'sdcourse.vae._reconstruction': ('vae.html#_reconstruction', 'sdcourse/vae.py'),

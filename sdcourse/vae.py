@@ -279,11 +279,16 @@ def _check_latents(z, channels, dtype):
     if z.dtype != dtype: raise ValueError(f'the latents are {z.dtype}, the VAE is {dtype}: convert one of them')
     if bad := (~z.isfinite()).sum(): raise ValueError(f'{bad} of the {z.numel()} numbers of the latents are not finite')
 
-# %% ../nbs/08_vae.ipynb #9a0f21d7
+# %% ../nbs/08_vae.ipynb #82b2a8ec
+def _layout(x):
+    "Channels last where nothing is learned: convolutions are faster so; the normalization's way back is slower"
+    return x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
+
 @patch
 def _moments(self:AutoencoderKL, x):
     "Means and log variances (b,8,h/8,w/8) of pictures"
     def f(x): return self.quant_conv(self.encoder(x)) if self.config.use_quant_conv else self.encoder(x)
+    x = _layout(x)
     tile = self.config.sample_size
     return _in_tiles(f, x, tile, tile//self.factor) if self.use_tiling and max(x.shape[2:]) > tile else f(x)
 
@@ -291,6 +296,7 @@ def _moments(self:AutoencoderKL, x):
 def _pictures(self:AutoencoderKL, z):
     "Pictures (b,3,8h,8w) of latents"
     def f(z): return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)
+    z = _layout(z)
     tile = self.config.sample_size
     small = tile//self.factor
     return _in_tiles(f, z, small, tile) if self.use_tiling and max(z.shape[2:]) > small else f(z)
@@ -317,7 +323,7 @@ def psnr(
     "Peak signal-to-noise ratio: 10·log10(range² / mean squared error); what exceeds the range is cut off first."
     return 10*torch.log10(4/(a.clamp(-1, 1) - b).square().flatten(1).mean(1))
 
-# %% ../nbs/08_vae.ipynb #96f7f163
+# %% ../nbs/08_vae.ipynb #a1b289ec
 def ssim(
     a:Tensor, # pictures in [-1, 1], (b,c,h,w), sides of at least 11
     b:Tensor, # as many
@@ -326,9 +332,9 @@ def ssim(
     bell = torch.exp(-(torch.arange(11., device=a.device) - 5)**2/(2*1.5**2))
     bell = (bell/bell.sum()).expand(a.shape[1], 1, -1)
     def blur(x): return F.conv2d(F.conv2d(x, bell[..., None], groups=len(bell)), bell[..., None, :], groups=len(bell))
+    a, b, c1, c2 = a + 1, b + 1, (.01*2)**2, (.03*2)**2                   # from 0 to 2, as the paper has it
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a*a) - ma**2, blur(b*b) - mb**2, blur(a*b) - ma*mb
-    c1, c2 = (.01*2)**2, (.03*2)**2                                       # for the range 2
     result = (2*ma*mb + c1)*(2*cov + c2)/((ma**2 + mb**2 + c1)*(va + vb + c2))
     return result.flatten(1).mean(1)
 
@@ -452,7 +458,7 @@ def enable_tiling(self:AutoencoderKL,
     "Big pictures in overlapping tiles of `sample_size`: less memory; the seams are nearly invisible."
     self.use_tiling = on
 
-# %% ../nbs/08_vae.ipynb #4a1d3d44
+# %% ../nbs/08_vae.ipynb #abf22fcd
 @torch.no_grad()
 def cache_latents(
     vae:AutoencoderKL, # that encodes
@@ -468,8 +474,9 @@ def cache_latents(
     for ids in torch.arange(len(scenes)).split(bs):
         dist = vae.encode(scenes.batch(ids.tolist())[0].to(vae.device, vae.dtype)).latent_dist
         parts.append(torch.cat([dist.mean, dist.logvar], dim=1).half().cpu())
-    with atomic_path(path) as temporary: save_file({'moments': torch.cat(parts)}, temporary, metadata=made_of)
-    return torch.cat(parts)
+    moments = torch.cat(parts).contiguous()
+    with atomic_path(path) as temporary: save_file({'moments': moments}, temporary, metadata=made_of)
+    return moments
 
 # %% ../nbs/08_vae.ipynb #7ca5f89f
 def _read_latents(path, made_of):

@@ -436,7 +436,7 @@ def naive_ssim(a, b):
     for c in range(a.shape[0]):
         for i in range(a.shape[1] - 10):
             for j in range(a.shape[2] - 10):
-                u, v = (t[c, i:i + 11, j:j + 11].double() for t in (a, b))
+                u, v = (t[c, i:i + 11, j:j + 11].double() + 1 for t in (a, b))  # from 0 to 2
                 mu, mv = (bell*u).sum(), (bell*v).sum()
                 su, sv, suv = (bell*(u - mu)**2).sum(), (bell*(v - mv)**2).sum(), (bell*(u - mu)*(v - mv)).sum()
                 found.append((2*mu*mv + .0004)*(2*suv + .0036)/((mu**2 + mv**2 + .0004)*(su + sv + .0036)))
