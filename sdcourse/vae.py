@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .data import Scenes, new_scenes, scene_dataloaders
 from .images import atomic_path
-from .model import Model, default_device, fingerprint, write_manifest
+from .model import (Model, _check_device, _check_whole, _make_folder, default_device, fingerprint,
+                            write_manifest)
 from .unet import Attention, MidBlock, ResnetBlock2D, Upsample2D
 
 # %% ../nbs/08_vae.ipynb #a3d3401f
@@ -217,11 +218,17 @@ def _build(self:AutoencoderKL, c):
 
 def _check_config(config):
     "Raises `ValueError` for what no `AutoencoderKL` of ours can have"
-    levels, groups = len(config.block_out_channels), config.norm_num_groups
+    numbers = 'in_channels', 'out_channels', 'layers_per_block', 'latent_channels', 'norm_num_groups', 'sample_size'
+    _check_whole(1, **{name: config[name] for name in numbers})
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    if not isinstance(channels, tuple) or not channels:
+        raise ValueError(f'block_out_channels must hold a number for each level, at least one, not {channels!r}')
+    _check_whole(1, **{f'block_out_channels[{i}]': c for i, c in enumerate(channels)})
+    levels = len(channels)
     kinds = dict(down_block_types=('DownEncoderBlock2D',)*levels, up_block_types=('UpDecoderBlock2D',)*levels)
     for name, value in dict(kinds, act_fn='silu', mid_block_add_attention=True).items():
         if config[name] != value: raise ValueError(f'{name} must be {value!r}, not {config[name]!r}')
-    wrong = [c for c in config.block_out_channels if c % groups]
+    wrong = [c for c in channels if c % groups]
     if wrong: raise ValueError(f'norm_num_groups, {groups}, must divide all block_out_channels, not {wrong}')
 
 # %% ../nbs/08_vae.ipynb #21ca3055
@@ -232,7 +239,8 @@ def encode(self:AutoencoderKL,
 ) -> Encoded: # `.latent_dist`, whose `sample()` and `mode()` are (b,4,h/8,w/8)
     "Pictures to latents, not scaled yet. Raises `ValueError` for what is no batch of such pictures."
     _check_pictures(x, self.config.in_channels, self.factor, self.dtype)
-    return Encoded(DiagonalGaussian(torch.cat([*map(self._moments, x.split(1 if self.use_slicing else len(x)))])))
+    _check_range(x)
+    return Encoded(DiagonalGaussian(self._sliced(self._moments, x)))
 
 @patch
 def decode(self:AutoencoderKL,
@@ -242,7 +250,7 @@ def decode(self:AutoencoderKL,
 ) -> Decoded: # `.sample`, (b,3,h,w), about [-1, 1]
     "Latents to pictures. Raises `ValueError` for what is no batch of latents."
     _check_latents(z, self.config.latent_channels, self.dtype)
-    return Decoded(torch.cat([*map(self._pictures, z.split(1 if self.use_slicing else len(z)))]))
+    return Decoded(self._sliced(self._pictures, z))
 
 # %% ../nbs/08_vae.ipynb #e7837e72
 @patch
@@ -254,12 +262,19 @@ def forward(self:AutoencoderKL,
 ) -> Decoded: # `.sample`, (b,3,h,w), and `.moments`, (b,8,h/8,w/8)
     "There and back. Raises `ValueError` for what is no batch of pictures."
     _check_pictures(sample, self.config.in_channels, self.factor, self.dtype)
-    dist = DiagonalGaussian(moments := self._moments(sample))
-    return Decoded(self._pictures(dist.sample(generator) if sample_posterior else dist.mode()), moments)
+    if not torch.is_grad_enabled(): _check_range(sample)
+    dist = DiagonalGaussian(moments := self._sliced(self._moments, sample))
+    z = dist.sample(generator) if sample_posterior else dist.mode()
+    return Decoded(self._sliced(self._pictures, z), moments)
+
+@patch
+def _sliced(self:AutoencoderKL, f, x):
+    "f(x), or f of one picture after the other"
+    return torch.cat([*map(f, x.split(1))]) if self.use_slicing else f(x)
 
 # %% ../nbs/08_vae.ipynb #d3121efa
 def _check_pictures(x, channels, factor, dtype):
-    "Raises `ValueError` unless `x` is a batch of pictures in [-1, 1] whose sides the encoder can halve"
+    "Raises `ValueError` unless `x` is a batch of pictures whose sides the encoder can halve"
     wanted = f'pictures must be a floating tensor (b,{channels},h,w) in [-1, 1], as `images.to_pictures` makes them'
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f'{wanted}, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
@@ -267,8 +282,12 @@ def _check_pictures(x, channels, factor, dtype):
     if x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(f'height and width must be divisible by {factor}, not {x.shape[2]}×{x.shape[3]}: cut them')
     if x.dtype != dtype: raise ValueError(f'the pictures are {x.dtype}, the VAE is {dtype}: convert one of them')
+
+def _check_range(x):
+    "Raises `ValueError` for pictures beyond [-1, 1]; a GPU is waited for, so not in training"
     low, high = x.aminmax()
-    if not (low >= -1.01 and high <= 1.01): raise ValueError(f'{wanted}; these reach from {low:.3g} to {high:.3g}')
+    if not (low >= -1.01 and high <= 1.01):
+        raise ValueError(f'pictures must lie in [-1, 1], these reach from {low:.3g} to {high:.3g}')
 
 def _check_latents(z, channels, dtype):
     "Raises `ValueError` unless `z` is a batch of finite latents"
@@ -329,7 +348,10 @@ def ssim(
     b:Tensor, # as many
 ) -> Tensor: # 1 for equal pictures, about 0 for unrelated ones, (b,)
     "Structural similarity (Wang and others, 2004): means, variances and covariance compared in a soft window of 11×11."
-    bell = torch.exp(-(torch.arange(11., device=a.device) - 5)**2/(2*1.5**2))
+    if a.shape != b.shape or a.ndim != 4 or min(a.shape[2:]) < 11 or a.dtype not in (torch.float32, torch.float64):
+        raise ValueError('pictures to compare must be float32 or float64, two (b,c,h,w) with sides of at least 11, '
+                         f'not {a.dtype} {tuple(a.shape)} and {tuple(b.shape)}')
+    bell = torch.exp(-(torch.arange(11., device=a.device, dtype=a.dtype) - 5)**2/(2*1.5**2))
     bell = (bell/bell.sum()).expand(a.shape[1], 1, -1)
     def blur(x): return F.conv2d(F.conv2d(x, bell[..., None], groups=len(bell)), bell[..., None, :], groups=len(bell))
     a, b, c1, c2 = a + 1, b + 1, (.01*2)**2, (.03*2)**2                   # from 0 to 2, as the paper has it
@@ -339,6 +361,7 @@ def ssim(
     return result.flatten(1).mean(1)
 
 # %% ../nbs/08_vae.ipynb #bb2da70d
+@torch.no_grad()
 def scale_of(
     vae:AutoencoderKL, # trained
     pictures:Tensor, # some hundred typical ones, in [-1, 1], (n,3,h,w)
@@ -366,10 +389,17 @@ def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKL(**{**VAE, **config})
-    dls = scene_dataloaders(bs, n, seed=seed, device=torch.empty(0, device=device or default_device()).device)
+    dls = scene_dataloaders(bs, n, seed=seed, device=device)
     learn = make_learner(dls, vae, _reconstruction(seed), partial(vae_loss, kl_weight=kl_weight), dtype=dtype)
     return learn, fit(learn, epochs, lr, folder=output, progress=progress, cbs=[GradientClip(1.)],
                       settings=dict(batch=bs, kl_weight=kl_weight, config=str(config)))
+
+def _check_training(epochs, n, bs, kl_weight, seed):
+    "Raises `ValueError` for numbers that make no training"
+    _check_whole(0, seed=seed)
+    _check_whole(1, epochs=epochs, n=n, bs=bs)
+    if not isinstance(kl_weight, (int, float)) or not 0 <= kl_weight < float('inf'):
+        raise ValueError(f'kl_weight must be a number of at least 0, not {kl_weight!r}')
 
 # %% ../nbs/08_vae.ipynb #00fa0749
 def train_vae(
@@ -387,8 +417,9 @@ def train_vae(
 ) -> dict: # the manifest: seed, epochs, steps, seconds, losses, PSNR, sha256
     "Train the autoencoder of scenes. Saved in half precision, with the factor that makes its latents' variance 1."
     from sdcourse.training import CHECKPOINT
-    try: (output := Path(output)).mkdir(parents=True, exist_ok=True)        # better now than after the training
-    except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
+    _check_training(epochs, n, bs, kl_weight, seed)
+    device = torch.empty(0, device=_check_device(device or default_device())).device
+    _make_folder(output := Path(output))                                    # better now than after the training
     learn, losses = _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress, config)
     manifest = save_vae(learn.ema.average, output, seed=seed, epochs=epochs, steps=epochs*len(learn.dls.train),
         batch=bs, lr=lr, kl_weight=kl_weight, dtype=str(dtype).removeprefix('torch.'), device=learn.dls.device.type,
@@ -456,7 +487,19 @@ def enable_tiling(self:AutoencoderKL,
     on:bool=True, # False: whole pictures again
 ):
     "Big pictures in overlapping tiles of `sample_size`: less memory; the seams are nearly invisible."
+    if on and self.config.sample_size < 2*self.factor:
+        raise ValueError(f'a tile must have at least {2*self.factor} pixels, not sample_size {self.config.sample_size}')
     self.use_tiling = on
+
+@patch
+def disable_slicing(self:AutoencoderKL):
+    "All pictures of a batch at once again."
+    self.enable_slicing(False)
+
+@patch
+def disable_tiling(self:AutoencoderKL):
+    "Whole pictures again."
+    self.enable_tiling(False)
 
 # %% ../nbs/08_vae.ipynb #abf22fcd
 @torch.no_grad()
@@ -467,7 +510,9 @@ def cache_latents(
     bs:int=64, # scenes in a batch
 ) -> Tensor: # moments for `DiagonalGaussian`, float16, (n,8,8,8)
     "Encode once, use often. Raises `ValueError` for a file that another VAE or other scenes made, or that is damaged."
+    _check_whole(1, bs=bs)
     path, made_of = Path(path), dict(vae=fingerprint(vae), config=repr(vae.config), scenes=repr(scenes))
+    if path.suffix != '.safetensors': raise ValueError(f'the file must end in .safetensors, not {path.name!r}')
     if path.exists(): return _read_latents(path, made_of)
     if not path.parent.is_dir(): raise ValueError(f'there is no folder {path.parent}')
     parts = []

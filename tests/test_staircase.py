@@ -10,7 +10,7 @@ import pytest
 HEAVY = {'fastai', 'diffusers', 'transformers', 'matplotlib', 'ipywidgets', 'IPython'}
 TRAINING = {'training'}  # modules that train, and nothing else: these may import fastai
 SIDE_DOORS = {'utils', 'helpers', 'common', 'misc', 'tools'}
-MAX_LINES = 420  # about 350 without the docments
+MAX_LINES = 460  # about 350 without the docments
 
 
 def default_exp(notebook):
@@ -94,7 +94,7 @@ BAD = {
     'no lesson': ({'a': 'import sdcourse.z'}, 'a imports z, which no lesson exports'),
     'the package': ({'a': 'import sdcourse'}, 'a imports *, which no lesson exports'),
     'side door': ({'utils': ''}, 'utils: not a lesson, a side door'),
-    'long': ({'a': 'x = 1\n\n# %% a cell\n'*421}, 'a: 421 lines that are not blank, 420 are allowed'),
+    'long': ({'a': 'x = 1\n\n# %% a cell\n'*461}, 'a: 461 lines that are not blank, 460 are allowed'),
 }
 
 

@@ -309,6 +309,49 @@ def test_tiles_and_slices_need_less_memory(side):
 
 # parts
 
+@pytest.mark.parametrize('config, named', [
+    (dict(norm_num_groups=0), 'norm_num_groups must .*not 0'),
+    (dict(latent_channels=0), 'latent_channels must .*not 0'),
+    (dict(block_out_channels=()), r'block_out_channels must .*not \(\)'),
+    (dict(block_out_channels=64), 'block_out_channels must .*not 64'),
+    (dict(block_out_channels=(0,)), r'block_out_channels\[0\] must .*not 0'),
+    (dict(layers_per_block='two'), "layers_per_block must .*not 'two'")], ids=str)
+def test_no_vae(config, named):
+    with pytest.raises(ValueError, match=named): AutoencoderKL(**{**TINY, **config})
+
+
+def test_a_tile_has_two_latents_at_least():
+    model = build(AutoencoderKL, {**TINY, 'sample_size': 2**(len(TINY['block_out_channels']) - 1)})
+    with pytest.raises(ValueError, match='a tile must have at least .* pixels, not sample_size'): model.enable_tiling()
+    assert not model.use_tiling
+
+
+@torch.no_grad()
+def test_slices_on_the_way_there_and_back(monkeypatch):
+    model, x, seen = build(AutoencoderKL, TINY).double(), pictures(n=3).double(), []
+    whole, moments = model(x).sample, model._moments
+    model.enable_slicing()
+    monkeypatch.setattr(type(model), '_moments', lambda self, x: seen.append(len(x)) or moments(x))
+    near(model(x).sample, whole, 1e-10)
+    model.disable_slicing()
+    near(model(x).sample, whole, 1e-10)
+    assert seen == [1, 1, 1, 3]
+
+
+def test_ssim_in_other_types_and_sizes():
+    a, b = pictures(n=2, size=(16, 16)), pictures(n=2, size=(16, 16)).flip(0)
+    torch.testing.assert_close(vae.ssim(a.double(), b.double()), vae.ssim(a, b).double(), rtol=1e-4, atol=1e-4)
+    for wrong in ((a.half(), b.half()), (a[..., :10], b[..., :10]), (a, b[:1]), (a[0], b[0])):
+        with pytest.raises(ValueError, match='float32 or float64.*at least 11, not'): vae.ssim(*wrong)
+
+
+def test_the_scale_needs_no_gradients():
+    model = build(AutoencoderKL, TINY)
+    seen = []
+    model.encoder.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    assert vae.scale_of(model, pictures(n=2)) > 0 and seen == [False]
+
+
 def test_the_encoder_pads_at_the_far_sides():
     layer = PaddedDownsample(1)
     layer.load_state_dict({'conv.weight': torch.ones(1, 1, 3, 3), 'conv.bias': torch.zeros(1)})
@@ -601,6 +644,13 @@ WRONG_TRAINING = {
     'no rate': (dict(lr=0), 'lr.*0'),
     'no number': (dict(lr=math.nan), 'lr.*nan'),
     'groups': (dict(norm_num_groups=3), 'norm_num_groups, 3, must divide'),
+    'no weight': (dict(kl_weight=math.nan), 'kl_weight.*nan'),
+    'a negative weight': (dict(kl_weight=-1e-3), 'kl_weight.*-0.001'),
+    'a word for a weight': (dict(kl_weight='a'), "kl_weight.*'a'"),
+    'a negative seed': (dict(seed=-1), 'seed.*-1'),
+    'a word for a seed': (dict(seed='lucky'), "seed.*'lucky'"),
+    'no scenes': (dict(n=0), 'n must.*0'),
+    'a word for a device': (dict(device='lucky'), "device 'lucky' cannot be used here"),
 }
 
 
@@ -612,6 +662,12 @@ def test_wrong_training(quick, tmp_path, name):
 
 
 # the cache
+
+@pytest.mark.parametrize('name, bs, named', [('a.safetensors', 0, 'bs must .*not 0'), ('a.pt', 4, "not 'a.pt'")])
+def test_no_such_cache(tiny, scenes, tmp_path, name, bs, named):
+    with pytest.raises(ValueError, match=named): cache_latents(tiny, scenes, tmp_path/name, bs=bs)
+    assert not list(tmp_path.iterdir())
+
 
 @torch.no_grad()
 def test_cache(tiny, scenes, tmp_path, monkeypatch):
@@ -676,7 +732,7 @@ def test_no_cache_at_all(tiny, scenes, tmp_path):
     for name in ('a', 'b'):
         with pytest.raises(ValueError, match=f'{name}.safetensors .*remove it'):
             cache_latents(tiny, scenes, tmp_path/f'{name}.safetensors')
-    with pytest.raises(ValueError, match='remove it, or name another file'): cache_latents(tiny, scenes, tmp_path)
+    with pytest.raises(ValueError, match='must end in .safetensors, not'): cache_latents(tiny, scenes, tmp_path)
     with pytest.raises(ValueError, match='there is no folder .*nowhere'):
         cache_latents(tiny, scenes, tmp_path/'nowhere'/'a.safetensors')
 
@@ -738,7 +794,7 @@ PICTURES = {
 def test_wrong_pictures(tiny, name):
     x, message = PICTURES[name]
     for call in (tiny.encode, tiny):
-        with pytest.raises(ValueError, match=message): call(x)
+        with torch.no_grad(), pytest.raises(ValueError, match=message): call(x)
 
 
 FLOATING_Z = r'latents must be a floating tensor \(b,4,h,w\)'
