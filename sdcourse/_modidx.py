@@ -179,7 +179,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sdcourse.model._check_dtype': ('model.html#_check_dtype', 'sdcourse/model.py'),
                                 'sdcourse.model._check_fit': ('model.html#_check_fit', 'sdcourse/model.py'),
                                 'sdcourse.model._check_sha256': ('model.html#_check_sha256', 'sdcourse/model.py'),
-                                'sdcourse.model._check_whole': ('model.html#_check_whole', 'sdcourse/model.py'),
                                 'sdcourse.model._fetch': ('model.html#_fetch', 'sdcourse/model.py'),
                                 'sdcourse.model._freeze': ('model.html#_freeze', 'sdcourse/model.py'),
                                 'sdcourse.model._is_hub_name': ('model.html#_is_hub_name', 'sdcourse/model.py'),

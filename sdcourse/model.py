@@ -331,15 +331,6 @@ def _check_fit(
         for fault, names in faults.items() if names))
 
 # %% ../nbs/00_model.ipynb #372a61cf
-def _check_whole(
-    least: int,  # that is allowed
-    **values,  # what a user asks for, by name
-):
-    "Raises `ValueError` for what is no whole number of at least `least`"
-    for name, value in values.items():
-        if type(value) is not int or value < least:
-            raise ValueError(f'{name} must be a whole number of at least {least}, not {value!r}')
-
 def _check_device(
     device: torch.device | str | None,  # what a user asks for
 ) -> torch.device | str | None:  # the same

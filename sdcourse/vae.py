@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .data import Scenes, new_scenes, scene_dataloaders
-from .images import atomic_path
-from .model import (Model, _check_device, _check_whole, _make_folder, default_device, fingerprint,
-                            write_manifest)
+from .images import _whole, atomic_path
+from .model import Model, _check_device, _make_folder, default_device, fingerprint, write_manifest
 from .unet import Attention, MidBlock, ResnetBlock2D, Upsample2D
 
 # %% ../nbs/08_vae.ipynb #a3d3401f
@@ -219,11 +218,11 @@ def _build(self:AutoencoderKL, c):
 def _check_config(config):
     "Raises `ValueError` for what no `AutoencoderKL` of ours can have"
     numbers = 'in_channels', 'out_channels', 'layers_per_block', 'latent_channels', 'norm_num_groups', 'sample_size'
-    _check_whole(1, **{name: config[name] for name in numbers})
+    for name in numbers: _whole(config[name], name, 1)
     channels, groups = config.block_out_channels, config.norm_num_groups
     if not isinstance(channels, tuple) or not channels:
         raise ValueError(f'block_out_channels must hold a number for each level, at least one, not {channels!r}')
-    _check_whole(1, **{f'block_out_channels[{i}]': c for i, c in enumerate(channels)})
+    for i, c in enumerate(channels): _whole(c, f'block_out_channels[{i}]', 1)
     levels = len(channels)
     kinds = dict(down_block_types=('DownEncoderBlock2D',)*levels, up_block_types=('UpDecoderBlock2D',)*levels)
     for name, value in dict(kinds, act_fn='silu', mid_block_add_attention=True).items():
@@ -287,7 +286,8 @@ def _check_range(x):
     "Raises `ValueError` for pictures beyond [-1, 1]; a GPU is waited for, so not in training"
     low, high = x.aminmax()
     if not (low >= -1.01 and high <= 1.01):
-        raise ValueError(f'pictures must lie in [-1, 1], these reach from {low:.3g} to {high:.3g}')
+        raise ValueError('pictures must lie in [-1, 1], as `images.to_pictures` makes them; '
+                         f'these reach from {low:.3g} to {high:.3g}')
 
 def _check_latents(z, channels, dtype):
     "Raises `ValueError` unless `z` is a batch of finite latents"
@@ -396,8 +396,8 @@ def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress
 
 def _check_training(epochs, n, bs, kl_weight, seed):
     "Raises `ValueError` for numbers that make no training"
-    _check_whole(0, seed=seed)
-    _check_whole(1, epochs=epochs, n=n, bs=bs)
+    _whole(seed, 'seed', 0)
+    for name, value in dict(epochs=epochs, n=n, bs=bs).items(): _whole(value, name, 1)
     if not isinstance(kl_weight, (int, float)) or not 0 <= kl_weight < float('inf'):
         raise ValueError(f'kl_weight must be a number of at least 0, not {kl_weight!r}')
 
@@ -510,7 +510,7 @@ def cache_latents(
     bs:int=64, # scenes in a batch
 ) -> Tensor: # moments for `DiagonalGaussian`, float16, (n,8,8,8)
     "Encode once, use often. Raises `ValueError` for a file that another VAE or other scenes made, or that is damaged."
-    _check_whole(1, bs=bs)
+    _whole(bs, 'bs', 1)
     path, made_of = Path(path), dict(vae=fingerprint(vae), config=repr(vae.config), scenes=repr(scenes))
     if path.suffix != '.safetensors': raise ValueError(f'the file must end in .safetensors, not {path.name!r}')
     if path.exists(): return _read_latents(path, made_of)

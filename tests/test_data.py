@@ -620,6 +620,14 @@ def test_scene_loaders():
     assert captions != other[1] and not torch.equal(images[0], other[0][0])
 
 
+def test_scene_loaders_make_what_collate_says():
+    dls = scene_dataloaders(4, n=8, valid=4, device='cpu',
+                            collate=lambda images, scenes: (images, torch.tensor([len(s.things) for s in scenes])))
+    images, counts = next(iter(dls.valid))
+    expected, scenes = Scenes('train', 4, seed=1).batch(range(4))
+    assert torch.equal(images, expected) and counts.tolist() == [len(s.things) for s in scenes]
+
+
 def test_scene_loaders_have_default_batches():
     dls = scene_dataloaders(device='cpu')
     images, captions = dls.one_batch()

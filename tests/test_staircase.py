@@ -10,7 +10,7 @@ import pytest
 HEAVY = {'fastai', 'diffusers', 'transformers', 'matplotlib', 'ipywidgets', 'IPython'}
 TRAINING = {'training'}  # modules that train, and nothing else: these may import fastai
 SIDE_DOORS = {'utils', 'helpers', 'common', 'misc', 'tools'}
-MAX_LINES = 460  # about 350 without the docments
+MAX_LINES = 460  # docments included
 
 
 def default_exp(notebook):

@@ -310,12 +310,12 @@ def test_tiles_and_slices_need_less_memory(side):
 # parts
 
 @pytest.mark.parametrize('config, named', [
-    (dict(norm_num_groups=0), 'norm_num_groups must .*not 0'),
-    (dict(latent_channels=0), 'latent_channels must .*not 0'),
+    (dict(norm_num_groups=0), 'norm_num_groups must .*got 0'),
+    (dict(latent_channels=0), 'latent_channels must .*got 0'),
     (dict(block_out_channels=()), r'block_out_channels must .*not \(\)'),
     (dict(block_out_channels=64), 'block_out_channels must .*not 64'),
-    (dict(block_out_channels=(0,)), r'block_out_channels\[0\] must .*not 0'),
-    (dict(layers_per_block='two'), "layers_per_block must .*not 'two'")], ids=str)
+    (dict(block_out_channels=(0,)), r'block_out_channels\[0\] must .*got 0'),
+    (dict(layers_per_block='two'), "layers_per_block must .*got 'two'")], ids=str)
 def test_no_vae(config, named):
     with pytest.raises(ValueError, match=named): AutoencoderKL(**{**TINY, **config})
 
@@ -663,7 +663,7 @@ def test_wrong_training(quick, tmp_path, name):
 
 # the cache
 
-@pytest.mark.parametrize('name, bs, named', [('a.safetensors', 0, 'bs must .*not 0'), ('a.pt', 4, "not 'a.pt'")])
+@pytest.mark.parametrize('name, bs, named', [('a.safetensors', 0, 'bs must .*got 0'), ('a.pt', 4, "not 'a.pt'")])
 def test_no_such_cache(tiny, scenes, tmp_path, name, bs, named):
     with pytest.raises(ValueError, match=named): cache_latents(tiny, scenes, tmp_path/name, bs=bs)
     assert not list(tmp_path.iterdir())
