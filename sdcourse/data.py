@@ -9,7 +9,7 @@ import hashlib
 import lzma
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -402,20 +402,18 @@ def scene_dataloaders(
     valid:int=1_000, # validation scenes, always the same, in training handwriting
     seed:int=0, # of the choice
     device:torch.device|str|None=None, # where batches are put; None: where fastai finds a GPU, or the CPU
-): # fastai `DataLoaders` of (images (bs,3,64,64) in [-1,1], captions, a list of strings)
+    collate:Callable=lambda images, scenes: (images, [scene.caption for scene in scenes]), # what a batch is made of
+): # fastai `DataLoaders` of (images (bs,3,64,64) in [-1,1], captions, a list of strings), or of what `collate` makes
     "Endless scenes as fastai `DataLoaders`; training batches are full."
     from fastai.data.core import DataLoaders
     if not 1 <= bs <= n: raise ValueError(f'bs must lie between 1 and {n:,}, not {bs}')
     if not 1 <= valid <= 100_000: raise ValueError(f'valid must lie between 1 and 100,000, not {valid}')
     generator = torch.Generator().manual_seed(seed)
-    return DataLoaders(_scene_loader(Scenes('train', _ENDLESS), bs, n, generator),
-                       _scene_loader(Scenes('train', valid, seed=1), bs, valid), device=device)
+    return DataLoaders(_scene_loader(Scenes('train', _ENDLESS), bs, n, collate, generator),
+                       _scene_loader(Scenes('train', valid, seed=1), bs, valid, collate), device=device)
 
-def _scene_loader(scenes, bs, n, generator=None):
+def _scene_loader(scenes, bs, n, collate, generator=None):
     "Batches of scenes: new ones with a generator, or the first n in order."
     from fastai.data.load import DataLoader
-    def create_batch(ids):
-        images, chosen = scenes.batch(ids)
-        return images, [scene.caption for scene in chosen]
     return DataLoader(range(n), bs=bs, shuffle=bool(generator), drop_last=bool(generator),
-        shuffle_fn=generator and new_scenes(generator), create_item=lambda i: i, create_batch=create_batch)
+        shuffle_fn=generator and new_scenes(generator), create_item=lambda i: i, create_batch=lambda ids: collate(*scenes.batch(ids)))
