@@ -5,7 +5,7 @@ __all__ = ['CLIPPreTrainedModel', 'EncoderOutput', 'CLIPTextModel', 'CLIPVisionM
            'contrastive_loss', 'fits', 'change_one', 'matching_dataloaders', 'scene_tokenizer', 'scene_clip',
            'encode_captions', 'encode_pictures', 'zero_shot', 'recall', 'train_clip', 'save_clip']
 
-# %% ../nbs/09_clip.ipynb #737575a8
+# %% ../nbs/09_clip.ipynb #ee777d8b
 import inspect
 import math
 import random
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import INKS, RELATIONS, STROKES, Scene, Scenes, Thing, caption, scene_dataloaders
+from .data import INKS, RELATIONS, STROKES, Scene, Scenes, Thing, caption, new_scenes, scene_dataloaders
 from .model import Config, Model, _check_device, _make_folder, default_device, write_manifest
 from .tokenizer import CLIPTokenizer, learn_tokenizer
 
@@ -321,12 +321,13 @@ def matching_dataloaders(
         return images, tokenizer(texts).input_ids, fits(truths + changed, truths)
     return scene_dataloaders(bs, collate=collate, **data)
 
-# %% ../nbs/09_clip.ipynb #ab0f2b42
+# %% ../nbs/09_clip.ipynb #0c830324
 def _matching(seed):
     "The task of a training: texts and pictures go in, and which fits which is what comes out"
     from sdcourse.training import Task
     class Matching(Task):
         def before_batch(self): self.learn.xb = self.xb[::-1]             # the model takes the texts first
+        def shuffle(self, generator): return new_scenes(generator)
     task = Matching()
     task.seed, task.facts = seed, dict(seed=seed)
     return task
