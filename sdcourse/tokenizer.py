@@ -48,7 +48,7 @@ def _merge_pair(tokens, pair):
         i += 1 + found
     return tuple(merged)
 
-# %% ../nbs/08b_tokenizer.ipynb #f3cb6198
+# %% ../nbs/08b_tokenizer.ipynb #42aaaa00
 def _check_texts(texts):
     "A list of texts; raises `ValueError` for anything else"
     texts = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
@@ -56,6 +56,7 @@ def _check_texts(texts):
     if wrong: raise ValueError(f'texts are a string, or several strings and at least one, got {wrong[0]}')
     return texts
 
+# %% ../nbs/08b_tokenizer.ipynb #b44d1ce4
 def learn_merges(
     texts:Sequence[str], n:int, # such as captions; merges wanted, fewer if no pairs are left
 ) -> list[tuple[str, str]]: # pairs, the first learned first
@@ -138,6 +139,16 @@ def tokenize(self:CLIPTokenizer,
     "How a text falls apart."
     return [self._names[i] for i in self.encode(text)[1:-1]]
 
+# %% ../nbs/08b_tokenizer.ipynb #06b3dd1d
+def learn_tokenizer(
+    texts:Sequence[str], n:int, # such as captions; merges wanted
+    model_max_length:int=77, # ids in a row, start and end included
+) -> CLIPTokenizer: # of at most 514 + n tokens
+    "Learn a vocabulary: letters, letters that end a word, what the merges make, start and end, in CLIP's order."
+    letters, merges = list(_LETTERS.values()), learn_merges(texts, n)
+    tokens = dict.fromkeys([*letters, *(f'{letter}</w>' for letter in letters), *map(''.join, merges), START, END])
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length)
+
 # %% ../nbs/08b_tokenizer.ipynb #d1336635
 @patch
 def decode(self:CLIPTokenizer,
@@ -177,16 +188,6 @@ def __call__(self:CLIPTokenizer,
     ids = torch.tensor([ids + [self.pad_token_id]*(width - len(ids)) for ids in rows])
     mask = torch.tensor([[1]*len(ids) + [0]*(width - len(ids)) for ids in rows])
     return AttrDict(input_ids=ids, attention_mask=mask)
-
-# %% ../nbs/08b_tokenizer.ipynb #06b3dd1d
-def learn_tokenizer(
-    texts:Sequence[str], n:int, # such as captions; merges wanted
-    model_max_length:int=77, # ids in a row, start and end included
-) -> CLIPTokenizer: # of at most 514 + n tokens
-    "Learn a vocabulary: letters, letters that end a word, what the merges make, start and end, in CLIP's order."
-    letters, merges = list(_LETTERS.values()), learn_merges(texts, n)
-    tokens = dict.fromkeys([*letters, *(f'{letter}</w>' for letter in letters), *map(''.join, merges), START, END])
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length)
 
 # %% ../nbs/08b_tokenizer.ipynb #0bf4b6a9
 _FILES = 'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'
