@@ -25,7 +25,7 @@ from .model import _make_folder, _read_json, find_pretrained
 _own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes with a printable letter of their own, CLIP's first
 _LETTERS = {b: chr(b) for b in _own} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_own}))}
 
-# %% ../nbs/08b_tokenizer.ipynb #575aea92
+# %% ../nbs/08b_tokenizer.ipynb #8e0f627b
 _PIECES = regex.compile(r"(<\|)(startoftext|endoftext)(\|>)|('s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)")
 
 def _normalize(text):
@@ -33,8 +33,8 @@ def _normalize(text):
     return ''.join(c.lower() for c in unicodedata.normalize('NFC', text))
 
 def _split_words(text):
-    "Words, digits and runs of signs in byte letters, each a tuple; letters are merged within them, never across"
-    pieces = filter(None, chain.from_iterable(_PIECES.findall(_normalize(text))))
+    "Words, digits, runs of signs of a normalized text in byte letters, each a tuple; merges stay within them"
+    pieces = filter(None, chain.from_iterable(_PIECES.findall(text)))
     words = ([_LETTERS[b] for b in piece.encode()] for piece in pieces)
     return [(*word[:-1], f'{word[-1]}</w>') for word in words]            # the last letter says that the word ends
 
@@ -56,12 +56,12 @@ def _check_texts(texts):
     if wrong: raise ValueError(f'texts are a string, or several strings and at least one, got {wrong[0]}')
     return texts
 
-# %% ../nbs/08b_tokenizer.ipynb #b44d1ce4
+# %% ../nbs/08b_tokenizer.ipynb #d48cff50
 def learn_merges(
     texts:Sequence[str], n:int, # such as captions; merges wanted, fewer if no pairs are left
 ) -> list[tuple[str, str]]: # pairs, the first learned first
     "Byte-pair encoding (Sennrich et al., 2016): join the commonest pair; among equals the first in the alphabet."
-    words, merges = Counter(word for text in _check_texts(texts) for word in _split_words(text)), []
+    words, merges = Counter(word for text in _check_texts(texts) for word in _split_words(_normalize(text))), []
     while len(merges) < n:
         pairs = Counter()
         for tokens, count in words.items():

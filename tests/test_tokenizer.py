@@ -83,6 +83,7 @@ texts = st.one_of(st.text(letters, max_size=40), st.text(max_size=40).filter(kno
 @example(text='')
 @example(text=' \t\n\u3000\x1c ')
 @example(text=END + '\u0338 ' + END.upper() + '\u0338')
+@example(text='İ\u0316')  # its small letter is no longer normalized: once must be enough
 @example(text='A red SEVEN, left of a blue two! '*700)
 @example(text='seven'*1500)
 @example(text='è😀7\x00'*900)
