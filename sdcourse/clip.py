@@ -285,15 +285,16 @@ def fits(
     silent[..., [2, 5]] = said[..., [2, 5]] == 0
     return ((said == there) | silent).all(-1).any(-1)
 
-# %% ../nbs/09_clip.ipynb #a7aa650a
+# %% ../nbs/09_clip.ipynb #86f02e3d
 def change_one(
     things:Sequence[Thing], relation:str|None, # what is in a scene
     chance:random.Random, # decides
 ) -> tuple: # things and relation of a scene that differs in one attribute
-    "Another digit, colour or stroke of one of the things, or another relation; most often a digit."
+    "Another digit, colour or stroke of one of the things, or another relation; digits and relations most often."
     def other(value, values): return chance.choice([v for v in values if v != value])
-    names = [(i, name) for i in range(len(things)) for name in ('digit', 'digit', 'color', 'stroke')]  # hardest twice
-    i, name = chance.choice([*names, (None, 'relation')] if relation else names)
+    shares = [(i, *share) for i in range(len(things)) for share in (('digit', 4), ('color', 1), ('stroke', 1))]
+    *names, weights = zip(*shares, *[(None, 'relation', 6)]*bool(relation))                     # more of what is hard
+    i, name = chance.choices([*zip(*names)], weights)[0]
     if name == 'relation': return tuple(things), other(relation, RELATIONS)
     values = dict(digit=range(10), color=INKS, stroke=STROKES)[name]
     changed = things[i]._replace(**{name: other(getattr(things[i], name), values)})
@@ -431,7 +432,7 @@ def recall(
         right.append((pictures[chosen] @ texts[chosen].T).argmax(1) == torch.arange(len(chosen), device=texts.device))
     return torch.cat(right).float().mean().item()
 
-# %% ../nbs/09_clip.ipynb #b34c22e2
+# %% ../nbs/09_clip.ipynb #71c24422
 def _check_training(wrong, seed, device):
     "Raises `ValueError` before anything is written"
     for name, value in (('wrong', wrong), ('seed', seed)):
@@ -443,7 +444,7 @@ def train_clip(
     epochs:int=10, # at least 1
     n:int=51_200, # new scenes in each epoch
     bs:int=64, # scenes in a batch
-    wrong:int=3, # captions for each scene that are wrong in one attribute
+    wrong:int=5, # captions for each scene that are wrong in one attribute
     lr:float=1e-3, # the highest learning rate of the one-cycle schedule
     seed:int=0, # of weights and scenes
     device:torch.device|str|None=None, # None: a GPU if there is one
