@@ -156,7 +156,7 @@ def read(path):
 
 def is_lesson(notebook):
     "Whether a notebook is a numbered lesson: neither the home page nor the roof"
-    return bool(re.match(r'\d\d\b', front_matter(notebook).get('title', '')))
+    return bool(re.match(r'\d\d[a-z]?\b', front_matter(notebook).get('title', '')))
 
 
 every = pytest.mark.parametrize('path', NOTEBOOKS + PAGES, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
