@@ -175,7 +175,8 @@ def __call__(self:CLIPTokenizer,
     truncation:bool=False, # whether to cut longer rows
 ) -> AttrDict: # `input_ids`, and `attention_mask`, 0 for padding; both (n,length) int64
     "Turn texts into rows of ids; warns of what it cuts off; raises `ValueError` for bad input"
-    rows, length = [self.encode(t) for t in _check_texts(texts)], max_length or self.model_max_length
+    rows = [self.encode(t) for t in _check_texts(texts)]
+    length = self.model_max_length if max_length is None else max_length
     if type(length) is not int or length < 2: raise ValueError(f'max_length must be a number ≥ 2, got {length!r}')
     if padding not in (True, 'longest', 'max_length') or return_tensors != 'pt':
         raise ValueError("allowed: padding True, 'longest' or 'max_length', return_tensors 'pt'; "

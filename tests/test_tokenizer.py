@@ -276,3 +276,8 @@ def test_no_folder(learned, tmp_path):
     with pytest.raises(ValueError, match='unknown weights'): CLIPTokenizer.from_pretrained(tmp_path/'nowhere')
     (tmp_path/'file').write_text('')
     with pytest.raises(ValueError, match='is a file'): learned.save_pretrained(tmp_path/'file')
+
+
+@pytest.mark.parametrize('length', [0, 1, -3, 2.5, True])
+def test_an_impossible_length_is_refused(learned, length):
+    with pytest.raises(ValueError, match='max_length must be a number'): learned('a red seven', max_length=length)
