@@ -5,12 +5,13 @@ __all__ = ['CLIPPreTrainedModel', 'EncoderOutput', 'CLIPTextModel', 'CLIPVisionM
            'contrastive_loss', 'fits', 'change_one', 'matching_dataloaders', 'scene_tokenizer', 'scene_clip',
            'encode_captions', 'encode_pictures', 'zero_shot', 'recall', 'train_clip', 'save_clip']
 
-# %% ../nbs/09_clip.ipynb #ee777d8b
+# %% ../nbs/09_clip.ipynb #ddc040c7
 import inspect
 import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import INKS, RELATIONS, STROKES, Scene, Scenes, Thing, caption, new_scenes, scene_dataloaders
+from .images import _whole
 from .model import Config, Model, _check_device, _make_folder, default_device, write_manifest
 from .tokenizer import CLIPTokenizer, learn_tokenizer
 
@@ -285,17 +287,17 @@ def fits(
     silent[..., [2, 5]] = said[..., [2, 5]] == 0
     return ((said == there) | silent).all(-1).any(-1)
 
-# %% ../nbs/09_clip.ipynb #86f02e3d
+# %% ../nbs/09_clip.ipynb #901317d7
 def change_one(
     things:Sequence[Thing], relation:str|None, # what is in a scene
     chance:random.Random, # decides
 ) -> tuple: # things and relation of a scene that differs in one attribute
     "Another digit, colour or stroke of one of the things, or another relation; digits and relations most often."
     def other(value, values): return chance.choice([v for v in values if v != value])
-    shares = [(i, *share) for i in range(len(things)) for share in (('digit', 4), ('color', 1), ('stroke', 1))]
+    shares = [(i, *share) for i in range(len(things)) for share in (('digit', 6), ('color', .5), ('stroke', .5))]
     *names, weights = zip(*shares, *[(None, 'relation', 6)]*bool(relation))                     # more of what is hard
     i, name = chance.choices([*zip(*names)], weights)[0]
-    if name == 'relation': return tuple(things), other(relation, RELATIONS)
+    if name == 'relation': return tuple(things), chance.choice([_OPPOSITE[relation], other(relation, RELATIONS)])
     values = dict(digit=range(10), color=INKS, stroke=STROKES)[name]
     changed = things[i]._replace(**{name: other(getattr(things[i], name), values)})
     return (*things[:i], changed, *things[i + 1:]), relation
@@ -305,7 +307,7 @@ def _say(things, relation, chance):
     words, articles = ([chance.random() < share for _ in things] for share in (.5, .75))
     return caption(things, relation, chance.choice(['en', 'it']), words, articles)
 
-# %% ../nbs/09_clip.ipynb #9b2dfeff
+# %% ../nbs/09_clip.ipynb #4e8c0581
 def matching_dataloaders(
     tokenizer:CLIPTokenizer, # turns captions into ids
     bs:int=64, # scenes in a batch
@@ -313,7 +315,7 @@ def matching_dataloaders(
     **data, # more arguments of `scene_dataloaders`: n, valid, seed, device
 ): # fastai `DataLoaders` of (images (bs,3,64,64), ids (bs·(1+wrong),length), which text fits which image, bool)
     "Scenes, their captions, and captions that are nearly right (NegCLIP, Yuksekgonul et al., 2022)."
-    if type(wrong) is not int or wrong < 0: raise ValueError(f'wrong must be a whole number from 0, not {wrong!r}')
+    wrong = _whole(wrong, 'wrong', 0)
     def collate(images, scenes):
         chance = random.Random(repr(scenes[0].things))                    # for the same scenes the same
         truths = [scene[2:] for scene in scenes]
@@ -340,7 +342,7 @@ def _loss_of(model):
         return contrastive_loss(model.logit_scale.clamp(max=math.log(100)).exp()*texts @ images.T, same)
     return loss
 
-# %% ../nbs/09_clip.ipynb #16749b15
+# %% ../nbs/09_clip.ipynb #78fcfabd
 def _waves(side, width):
     "Sines and cosines of row and column, a vector for each place: neighbours have similar ones, (side²,width)"
     angles = torch.arange(side)[:, None]*torch.logspace(0, -2, width//4)
@@ -358,12 +360,14 @@ def scene_clip(
 ) -> CLIPModel: # with random weights
     "A CLIP for pictures of 64×64 pixels and short captions: 1.9 million weights."
     ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_token_id') for name in ('pad', 'bos', 'eos')}
-    shared = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, hidden_act='gelu', projection_dim=128)
+    shared = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, hidden_act='gelu', projection_dim=128)
     texts = dict(shared, num_hidden_layers=3, vocab_size=len(tokenizer), **ids,
                  max_position_embeddings=tokenizer.model_max_length)
     pictures = dict(shared, num_hidden_layers=6, image_size=64, patch_size=8)
     clip = CLIPModel({**texts, **(text_config or {})}, {**pictures, **(vision_config or {})}, projection_dim=128)
-    places = clip.vision_model.embeddings.position_embedding.weight.data
+    eyes = clip.vision_model.embeddings
+    _random(eyes.patch_embedding, eyes.patch_embedding.weight[0].numel()**-0.5)
+    places = eyes.position_embedding.weight.data
     places[1:] = .3*_waves(math.isqrt(len(places) - 1), places.shape[1])
     return clip
 
@@ -432,20 +436,49 @@ def recall(
         right.append((pictures[chosen] @ texts[chosen].T).argmax(1) == torch.arange(len(chosen), device=texts.device))
     return torch.cat(right).float().mean().item()
 
-# %% ../nbs/09_clip.ipynb #71c24422
-def _check_training(wrong, seed, device):
-    "Raises `ValueError` before anything is written"
-    for name, value in (('wrong', wrong), ('seed', seed)):
-        if type(value) is not int or value < 0: raise ValueError(f'{name} must be a whole number from 0, not {value!r}')
-    return _check_device(device or default_device())
+# %% ../nbs/09_clip.ipynb #d574f9a2
+def _matrices(model):
+    "The matrices inside the layers of both encoders"
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and '.layers.' in name]
 
+class _Muon(torch.optim.AdamW):
+    "AdamW, but `matrices` go the way of `torch.optim.Muon`, at three times the learning rate"
+    def __init__(self, params, matrices, **kwargs):
+        own = {id(p) for p in matrices}
+        super().__init__([p for p in params if id(p) not in own], betas=(.9, .98), fused=True, **kwargs)
+        self.muon = torch.optim.Muon(matrices, adjust_lr_fn='match_rms_adamw')
+
+    def step(self, closure=None):
+        "One step of both"
+        super().step()
+        group, = self.param_groups
+        self.muon.param_groups[0].update(lr=3*group['lr'], weight_decay=group['weight_decay'])
+        self.muon.step()
+
+    def zero_grad(self, set_to_none=True):
+        "Of both"
+        super().zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
+    def state_dict(self):
+        "Of both; Muon's momentum is one of AdamW's states"
+        own = super().state_dict()
+        return {**own, 'state': {**own['state'], 'muon': self.muon.state_dict()['state']}}
+
+    def load_state_dict(self, state_dict):
+        "Likewise"
+        state = dict(state_dict['state'])
+        self.muon.load_state_dict({**self.muon.state_dict(), 'state': state.pop('muon')})
+        super().load_state_dict({**state_dict, 'state': state})
+
+# %% ../nbs/09_clip.ipynb #cb221ea8
 def train_clip(
     output:str|Path, # the folder for weights, tokenizer and manifest; a training that was cut short goes on
     epochs:int=10, # at least 1
-    n:int=51_200, # new scenes in each epoch
+    n:int=48_000, # new scenes in each epoch
     bs:int=64, # scenes in a batch
-    wrong:int=5, # captions for each scene that are wrong in one attribute
-    lr:float=1e-3, # the highest learning rate of the one-cycle schedule
+    wrong:int=8, # captions for each scene that are wrong in one attribute
+    lr:float=2e-3, # the highest learning rate of the one-cycle schedule
     seed:int=0, # of weights and scenes
     device:torch.device|str|None=None, # None: a GPU if there is one
     dtype:torch.dtype=torch.float32, # of the arithmetic; torch.bfloat16 is faster where the hardware has it
@@ -454,7 +487,8 @@ def train_clip(
 ) -> dict: # the manifest: seed, epochs, steps, seconds, losses, zero-shot shares, recall, sha256
     "Train two encoders on scenes and their captions (Radford et al., 2021). Saved in half precision."
     from sdcourse.training import CHECKPOINT
-    device = _check_training(wrong, seed, device)
+    device = _check_device(device or default_device())
+    for name, value in (('wrong', wrong), ('seed', seed)): _whole(value, name, 0)
     _make_folder(output := Path(output))                                  # better now than after the training
     tokenizer = scene_tokenizer()
     learn, losses = _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, progress, config)
@@ -464,18 +498,22 @@ def train_clip(
     (output/CHECKPOINT).unlink(missing_ok=True)
     return manifest
 
-# %% ../nbs/09_clip.ipynb #500a9220
+# %% ../nbs/09_clip.ipynb #bfd362b3
 def _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, progress, config):
     "The learner, trained, and a row of losses for each epoch"
+    from fastai.callback.training import GradientClip
+    from fastai.optimizer import OptimWrapper
+
     from sdcourse.training import fit, make_learner
     dls = matching_dataloaders(tokenizer, bs, wrong, n=n, valid=min(n, 1000), seed=seed, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = scene_clip(tokenizer, **config)
-    learn = make_learner(dls, model, _matching(seed), _loss_of(model), dtype=dtype)
+    opt_func = partial(OptimWrapper, opt=partial(_Muon, matrices=_matrices(model)))
+    learn = make_learner(dls, model, _matching(seed), _loss_of(model), dtype=dtype, opt_func=opt_func)
     settings = dict(n=n, bs=bs, wrong=wrong, config=str(model.config))
     with sdpa_kernel(SDPBackend.MATH) if dls.device.type == 'cpu' else nullcontext():  # half the time on a CPU
-        return learn, fit(learn, epochs, lr, folder=output, settings=settings, progress=progress)
+        return learn, fit(learn, epochs, lr, .05, output, settings, progress, cbs=[GradientClip(1.)])
 
 def save_clip(
     clip:CLIPModel, tokenizer:CLIPTokenizer, # trained

@@ -317,13 +317,14 @@ def make_learner(
     loss_func:Callable=F.mse_loss, # (answer, right answer) -> one number
     ema:float=.999, # decay of the moving average, 0 to below 1
     dtype:torch.dtype=torch.float32, # of the model's arithmetic: float32, or bfloat16 where the hardware has it
+    opt_func:Callable|None=None, # makes fastai's optimizer of parameters; None: AdamW
 ) -> Learner: # with `ema.average`, the averaged model
     "A fastai `Learner` with all that this lesson has added."
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, got {dtype}')
     cbs = [task, EMA(ema), *([Autocast(dtype)] if dtype != torch.float32 else [])]
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
-    learn = Learner(dls, model.to(dls.device), loss_func=loss_func, opt_func=adamw, cbs=cbs)
+    learn = Learner(dls, model.to(dls.device), loss_func=loss_func, opt_func=opt_func or adamw, cbs=cbs)
     learn.recorder.smooth_loss, learn.recorder.loss = SmoothLoss(), MeanLoss()
     return learn
 
