@@ -371,14 +371,16 @@ def scene_clip(
     places[1:] = .3*_waves(math.isqrt(len(places) - 1), places.shape[1])
     return clip
 
-# %% ../nbs/09_clip.ipynb #47d4f4c8
+# %% ../nbs/09_clip.ipynb #edad722c
 @torch.no_grad()
 def encode_captions(
     clip:CLIPModel, tokenizer:CLIPTokenizer, # that belong together
-    texts:Sequence[str], # any number from 1
-    bs:int=1000, # how many at once
+    texts:Sequence[str], # at least one
+    bs:int=200, # how many at once
 ) -> Tensor: # of length 1, (len(texts),projection_dim)
-    "Where texts lie in the shared space."
+    "Where texts lie in the shared space. Raises `ValueError` for what is not a list of texts"
+    if not isinstance(texts, list | tuple) or not texts:
+        raise ValueError(f'texts must be a list of at least one string, got {texts!r}')
     parts = [tokenizer(texts[i:i + bs], truncation=True, max_length=clip.config.text_config.max_position_embeddings)
              for i in range(0, len(texts), bs)]
     return torch.cat([clip.encode_texts(part.input_ids.to(clip.device)) for part in parts])

@@ -1,14 +1,24 @@
 """clip.py: the encoders and transformers' agree number for number, read each other's files; the loss; every error."""
 import json
+import random
+import tempfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sdcourse.clip import CLIPModel, CLIPOutput, CLIPTextModel, CLIPVisionModel, EncoderOutput, contrastive_loss
+from sdcourse import clip as clip_module
+from sdcourse import training
+from sdcourse.clip import (CLIPModel, CLIPOutput, CLIPTextModel, CLIPVisionModel, EncoderOutput, change_one,
+                           contrastive_loss, encode_captions, fits, matching_dataloaders, recall, scene_clip,
+                           scene_tokenizer, train_clip, zero_shot)
+from sdcourse.data import Scenes, Thing, caption
+from sdcourse.model import PRETRAINED, Config, find_pretrained, read_manifest, write_manifest
+from sdcourse.tokenizer import CLIPTokenizer, learn_tokenizer
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, projection_dim=24)
 TEXT = dict(SIZES, vocab_size=99, max_position_embeddings=16, eos_token_id=98, bos_token_id=97, pad_token_id=98)
@@ -313,3 +323,178 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match='clip_vision_model'): CLIPVisionModel.from_pretrained(tmp_path)
     for options in (dict(dtype=torch.int8), dict(device='moon')):
         with pytest.raises(ValueError): CLIPTextModel.from_pretrained(tmp_path, **options)
+
+
+# ---- scenes: which text is true of which picture, wrong captions, measures
+
+RED7, BLUE3, PLAIN = Thing(7, 'red', 'bold', 0, 0, 0), Thing(3, 'blue', 'thin', 0, 0, 0), Thing(7, 'red', None, 0, 0, 0)
+
+
+def test_fits():
+    texts = [((RED7, BLUE3), 'above'), ((BLUE3, RED7), 'below'), ((PLAIN, BLUE3), 'above'), ((BLUE3, RED7), 'above'),
+             ((RED7,), None), ((PLAIN,), None)]
+    pictures = [((RED7, BLUE3), 'above'), ((RED7,), None), ((PLAIN,), None)]
+    expected = [[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]]  # 'bold' is not true of a plain one
+    assert torch.equal(fits(texts, pictures), torch.tensor(expected).bool())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 2**20))
+def test_changed_captions_are_wrong_in_one_thing(number, seed):
+    truth = Scenes('train', 10_001).batch([number])[1][0][2:]
+    things, relation = change_one(*truth, random.Random(seed))
+    changes = [a != b for old, new in zip(truth[0], things) for a, b in zip(old[:3], new[:3])] + [relation != truth[1]]
+    assert sum(changes) == 1
+    if None not in [thing.stroke for thing in things]: assert not fits([(things, relation)], [truth]).any()
+
+
+@pytest.fixture(scope='module')
+def tokens(): return scene_tokenizer()
+
+
+def test_batches(tokens):
+    "The same captions each time, right ones first, and as many wrong ones as asked for"
+    def first(wrong): return matching_dataloaders(tokens, 8, wrong, n=16, valid=8, device='cpu').valid.one_batch()
+    images, ids, same = first(2)
+    assert images.shape == (8, 3, 64, 64) and same.shape == (24, 8) and same[:8].diagonal().all() and len(ids) == 24
+    assert all(torch.equal(a, b) for a, b in zip((images, ids, same), first(2)))
+    assert first(0)[2].shape == (8, 8)
+    with pytest.raises(ValueError, match='wrong'): first(-1)
+
+
+class Oracle:
+    "A CLIP that knows what is in a picture, and what a text says of it"
+    def __init__(self, scenes, tokenizer, blind=False):
+        self.config, self.device = Config(text_config=Config(max_position_embeddings=32)), torch.device('cpu')
+        self.scenes, self.tokenizer, self.blind = scenes, tokenizer, blind
+    def vector(self, words):
+        "Which words occur where"
+        return F.normalize(torch.randn(512, generator=torch.Generator().manual_seed(hash(words) % 2**31)), dim=0)
+    def encode_images(self, images):
+        if self.blind: return torch.ones(len(images), 512)/512**.5
+        first = int(images[0, 0, 0, 0])
+        return torch.stack([self.vector(caption(*self.scenes[first + i][2:], 'en')) for i in range(len(images))])
+    def encode_texts(self, ids):
+        return torch.stack([self.vector(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids])
+
+
+def test_measures_of_one_who_knows(tokens):
+    "All right for one who knows, chance for one who is blind; recall wants enough to choose from"
+    scenes = Scenes('test', 300).batch(range(300))[1]
+    scenes = [s._replace(caption=caption(*s[2:], 'en')) for s in scenes]
+    numbers = torch.arange(300.)[:, None, None, None].expand(-1, 3, 64, 64)
+    seeing, blind = (Oracle(scenes, tokens, blind) for blind in (False, True))
+    assert zero_shot(seeing, tokens, numbers, scenes) == dict(digit=1, color=1, stroke=1, relation=1)
+    assert recall(seeing, tokens, numbers, scenes) == 1
+    found = zero_shot(blind, tokens, numbers, scenes)
+    for name, chance in (('digit', .1), ('color', .125), ('stroke', .5), ('relation', .25)):
+        assert abs(found[name] - chance) < .12, name
+    assert recall(blind, tokens, numbers, scenes) < .05
+    for bad in (1, 301):
+        with pytest.raises(ValueError, match='among must lie between 2 and 300'):
+            recall(seeing, tokens, numbers, scenes, bad)
+
+
+@pytest.mark.parametrize('bad', ['a red seven', [], 7])
+def test_bad_texts(tokens, bad):
+    with pytest.raises(ValueError, match='texts must be a list of at least one string'):
+        encode_captions(scene_clip(tokens), tokens, bad)
+
+
+def test_shipped():
+    "The shipped CLIP does on fresh test scenes what its manifest says"
+    clip, tokenizer = CLIPModel.from_pretrained('scenes/clip'), CLIPTokenizer.from_pretrained('scenes/clip')
+    manifest = read_manifest(PRETRAINED/'scenes'/'clip')
+    images, scenes = Scenes('test', 200, seed=9).batch(range(200))
+    found = zero_shot(clip, tokenizer, images, scenes)
+    for name, share in manifest['zero_shot'].items(): assert abs(found[name] - share) < .06, name
+    assert recall(clip, tokenizer, images, scenes) > .97
+    assert (find_pretrained('scenes/clip', None, ['model.safetensors'])/'model.safetensors').stat().st_size < 4e6
+
+
+# ---- training
+
+TINY = {'text_config': dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        'vision_config': dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)}
+
+
+def train(folder, **words):
+    return train_clip(folder, **dict(epochs=2, n=64, bs=8, wrong=1, device='cpu', progress=False, **TINY) | words)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Where a training of two epochs was saved, and its manifest"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_module, 'Scenes', lambda split, n, **words: Scenes(split, min(n, 200), **words))
+        folder = tmp_path_factory.mktemp('trained')/'deep'/'clip'
+        patch.setattr(clip_module, 'scene_tokenizer', small_tokenizer)
+        patch.setattr(clip_module, 'save_clip', quick_save)
+        return folder, train(folder)
+
+
+def small_tokenizer():
+    return learn_tokenizer([s.caption for s in Scenes('train', 400).batch(range(400))[1]], 300, model_max_length=48)
+
+
+def quick_save(clip, tokenizer, output, **facts):
+    "Without the measures"
+    clip.save_pretrained(output, dtype=torch.float16)
+    tokenizer.save_pretrained(output)
+    return write_manifest(output, **facts)
+
+
+def test_manifest(trained):
+    folder, manifest = trained
+    assert manifest['steps'] == 16 and manifest['epochs'] == 2 and len(manifest['losses']) == 2
+    assert all(row['train'] > 0 and row['valid'] > 0 for row in manifest['losses'])
+    assert manifest == read_manifest(folder) and not list(folder.glob('checkpoint*'))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    with torch.no_grad(): vectors = CLIPModel.from_pretrained(folder).encode_texts(tokenizer(['a red 7']).input_ids)
+    assert vectors.norm().item() == pytest.approx(1, abs=1e-5)
+    transformers.CLIPModel.from_pretrained(folder)
+
+
+def test_goes_on(trained, tmp_path, monkeypatch):
+    "Cut off in the second epoch and started again, a training ends with the same weights, to the last bit"
+    from fastai.callback.core import Callback
+
+    class Stop(Exception): pass
+
+    class Fails(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 3: raise Stop('no power')
+    for name, value in (('scene_tokenizer', small_tokenizer), ('save_clip', quick_save)):
+        monkeypatch.setattr(clip_module, name, value)
+    real = training.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(training, 'fit', lambda *args, cbs, **words: real(*args, cbs=[*cbs, Fails()], **words))
+        with pytest.raises(Stop): train(tmp_path)
+    assert (tmp_path/training.CHECKPOINT).exists()
+    with pytest.raises(ValueError, match='wrong'): train(tmp_path, wrong=2)
+    again = train(tmp_path)
+    folder, manifest = trained
+    assert [(row['train'], row['valid']) for row in again['losses']] == [
+        (row['train'], row['valid']) for row in manifest['losses']]
+    ours, theirs = (load_file(f/'model.safetensors') for f in (tmp_path, folder))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize('words, message', [
+    (dict(wrong=-1), 'wrong'), (dict(seed=1.5), 'seed'), (dict(bs=0), 'bs'), (dict(n=0), 'bs|n'), (dict(epochs=0), 'epochs'),
+    (dict(device='tpu'), 'tpu'), (dict(text_config=dict(num_attention_heads=5)), 'heads')], ids=str)
+def test_bad_training(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message): train(tmp_path/'new', **words)
+    assert not list((tmp_path/'new').glob('*.safetensors'))
+
+
+def test_learns():
+    "A small CLIP learns inks from 3,200 scenes, which an untrained one cannot tell"
+    tokenizer = small_tokenizer()
+    images, scenes = Scenes('test', 100).batch(range(100))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for name, value in (('scene_tokenizer', lambda: tokenizer), ('save_clip', quick_save)):
+            patch.setattr(clip_module, name, value)
+        train(folder, epochs=1, n=3200, bs=32, **{k: {**v, 'hidden_size': 64} for k, v in TINY.items()})
+        found = zero_shot(CLIPModel.from_pretrained(folder), tokenizer, images, scenes)
+    assert found['color'] > .3
