@@ -473,7 +473,7 @@ class _Muon(torch.optim.AdamW):
         self.muon.load_state_dict({**self.muon.state_dict(), 'state': state.pop('muon')})
         super().load_state_dict({**state_dict, 'state': state})
 
-# %% ../nbs/09_clip.ipynb #cb221ea8
+# %% ../nbs/09_clip.ipynb #3af49ffc
 def train_clip(
     output:str|Path, # the folder for weights, tokenizer and manifest; a training that was cut short goes on
     epochs:int=10, # at least 1
@@ -489,7 +489,7 @@ def train_clip(
 ) -> dict: # the manifest: seed, epochs, steps, seconds, losses, zero-shot shares, recall, sha256
     "Train two encoders on scenes and their captions (Radford et al., 2021). Saved in half precision."
     from sdcourse.training import CHECKPOINT
-    device = _check_device(device or default_device())
+    device = torch.device(_check_device(device or default_device()))
     for name, value in (('wrong', wrong), ('seed', seed)): _whole(value, name, 0)
     _make_folder(output := Path(output))                                  # better now than after the training
     tokenizer = scene_tokenizer()

@@ -365,7 +365,7 @@ def test_batches(tokens):
 class Oracle:
     "A CLIP that knows what is in a picture, and what a text says of it"
     def __init__(self, scenes, tokenizer, blind=False):
-        self.config, self.device = Config(text_config=Config(max_position_embeddings=32)), torch.device('cpu')
+        self.config, self.device = Config({'text_config': Config({'max_position_embeddings': 32})}), torch.device('cpu')
         self.scenes, self.tokenizer, self.blind = scenes, tokenizer, blind
     def vector(self, words):
         "Which words occur where"
@@ -481,8 +481,9 @@ def test_goes_on(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('words, message', [
-    (dict(wrong=-1), 'wrong'), (dict(seed=1.5), 'seed'), (dict(bs=0), 'bs'), (dict(n=0), 'bs|n'), (dict(epochs=0), 'epochs'),
-    (dict(device='tpu'), 'tpu'), (dict(text_config=dict(num_attention_heads=5)), 'heads')], ids=str)
+    (dict(wrong=-1), 'wrong'), (dict(seed=1.5), 'seed'), (dict(bs=0), 'bs'), (dict(n=0), 'bs|n'),
+    (dict(epochs=0), 'epochs'), (dict(device='tpu'), 'tpu'),
+    (dict(text_config=dict(num_attention_heads=5)), 'heads')], ids=str)
 def test_bad_training(words, message, tmp_path):
     with pytest.raises(ValueError, match=message): train(tmp_path/'new', **words)
     assert not list((tmp_path/'new').glob('*.safetensors'))
