@@ -438,11 +438,7 @@ def recall(
         right.append((pictures[chosen] @ texts[chosen].T).argmax(1) == torch.arange(len(chosen), device=texts.device))
     return torch.cat(right).float().mean().item()
 
-# %% ../nbs/09_clip.ipynb #d574f9a2
-def _matrices(model):
-    "The matrices inside the layers of both encoders"
-    return [p for name, p in model.named_parameters() if p.ndim == 2 and '.layers.' in name]
-
+# %% ../nbs/09_clip.ipynb #27c6313c
 class _Muon(torch.optim.AdamW):
     "AdamW, but `matrices` go the way of `torch.optim.Muon`, at three times the learning rate"
     def __init__(self, params, matrices, **kwargs):
@@ -500,7 +496,11 @@ def train_clip(
     (output/CHECKPOINT).unlink(missing_ok=True)
     return manifest
 
-# %% ../nbs/09_clip.ipynb #bfd362b3
+# %% ../nbs/09_clip.ipynb #628cf8f4
+def _matrices(model):
+    "The matrices inside the layers of both encoders"
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and '.layers.' in name]
+
 def _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, progress, config):
     "The learner, trained, and a row of losses for each epoch"
     from fastai.callback.training import GradientClip
@@ -517,6 +517,7 @@ def _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, 
     with sdpa_kernel(SDPBackend.MATH) if dls.device.type == 'cpu' else nullcontext():  # half the time on a CPU
         return learn, fit(learn, epochs, lr, .05, output, settings, progress, cbs=[GradientClip(1.)])
 
+# %% ../nbs/09_clip.ipynb #03a68619
 def save_clip(
     clip:CLIPModel, tokenizer:CLIPTokenizer, # trained
     output:str|Path, # the folder
