@@ -288,22 +288,33 @@ def fits(
     return ((said == there) | silent).all(-1).any(-1)
 
 # %% ../nbs/09_clip.ipynb #901317d7
+def _exchange(things, name):
+    "The same two things, an attribute of theirs exchanged"
+    first, second = things
+    return first._replace(**{name: getattr(second, name)}), second._replace(**{name: getattr(first, name)})
+
 def change_one(
     things:Sequence[Thing], relation:str|None, # what is in a scene
     chance:random.Random, # decides
-) -> tuple: # things and relation of a scene that differs in one attribute
-    "Another digit, colour or stroke of one of the things, or another relation; digits and relations most often."
+) -> tuple: # things and relation of a scene that differs in one attribute, or has it exchanged
+    "Another digit, ink or stroke of a thing, another relation, or the digits or inks of both exchanged."
     def other(value, values): return chance.choice([v for v in values if v != value])
     shares = [(i, *share) for i in range(len(things)) for share in (('digit', 6), ('color', .5), ('stroke', .5))]
-    *names, weights = zip(*shares, *[(None, 'relation', 6)]*bool(relation))                     # more of what is hard
+    if relation:                                                          # more of what is hard
+        shares += [(None, 'relation', 6), *(('both', *share) for share in (('digit', 6), ('color', 2))
+                                            if _exchange(things, share[0]) != tuple(things))]
+    *names, weights = zip(*shares)
     i, name = chance.choices([*zip(*names)], weights)[0]
     if name == 'relation': return tuple(things), chance.choice([_OPPOSITE[relation], other(relation, RELATIONS)])
+    if i == 'both': return _exchange(things, name), relation
     values = dict(digit=range(10), color=INKS, stroke=STROKES)[name]
     changed = things[i]._replace(**{name: other(getattr(things[i], name), values)})
     return (*things[:i], changed, *things[i + 1:]), relation
 
 def _say(things, relation, chance):
-    "A caption of things in a relation, in words that `chance` chooses"
+    "A caption in words that `chance` chooses; of two things, it mostly begins with the upper one or the left one"
+    if relation in ('below', 'right of') and chance.random() < .7:
+        things, relation = things[::-1], _OPPOSITE[relation]              # the same, said the other way round
     words, articles = ([chance.random() < share for _ in things] for share in (.5, .75))
     return caption(things, relation, chance.choice(['en', 'it']), words, articles)
 
@@ -320,7 +331,7 @@ def matching_dataloaders(
         chance = random.Random(repr(scenes[0].things))                    # for the same scenes the same
         truths = [scene[2:] for scene in scenes]
         changed = [change_one(*truth, chance) for _ in range(wrong) for truth in truths]
-        texts = [scene.caption for scene in scenes] + [_say(*truth, chance) for truth in changed]
+        texts = [_say(*truth, chance) for truth in truths + changed]
         return images, tokenizer(texts).input_ids, fits(truths + changed, truths)
     return scene_dataloaders(bs, collate=collate, **data)
 

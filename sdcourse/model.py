@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import wraps
 from importlib.resources import files
 from itertools import chain
@@ -32,24 +32,23 @@ def _freeze(
     if isinstance(value, Mapping): return Config(value)
     return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
 
-class Config(Mapping):
-    "A read-only mapping whose items are attributes too; `get`, `items`, `keys` and `values` are a mapping's methods"
+class Config(dict):
+    "A read-only dict whose items are attributes too; `get`, `items`, `keys` and `values` are a dict's methods"
     def __init__(self,
         items: Mapping,  # names (strings) and values
     ):
         bad = [k for k in items if not isinstance(k, str)]
         if bad: raise ValueError(f'the names in a config must be strings, got {", ".join(map(repr, bad))}')
-        object.__setattr__(self, '_items', {k: _freeze(v) for k, v in items.items()})  # our own __setattr__ refuses
-    def __getitem__(self, key: str): return self._items[key]
-    def __iter__(self) -> Iterator[str]: return iter(self._items)
-    def __len__(self) -> int: return len(self._items)
-    def __repr__(self) -> str: return f'Config({self._items})'
-    def __reduce__(self): return Config, (self._items,)  # copy and pickle build it again as Config(items)
+        super().__init__({k: _freeze(v) for k, v in items.items()})
+    def __repr__(self) -> str: return f'Config({super().__repr__()})'
+    def __reduce__(self): return Config, (dict(self),)  # copy and pickle build it again as Config(items)
     def __getattr__(self, key: str):  # called only for names that are not found otherwise
-        if not key.startswith('_') and key in self._items: return self._items[key]
+        if not key.startswith('_') and key in self: return self[key]
         raise AttributeError(f'no {key!r} in this config; it has {", ".join(self) or "nothing"}')
     def __setattr__(self, key, value): raise AttributeError(f'a config is read-only: {key!r} needs a new model')
     def __delattr__(self, key): raise AttributeError(f'a config is read-only: {key!r} cannot be deleted')
+    def _refuse(self, *args, **kwargs): raise TypeError('a config is read-only: changes need a new model')
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
 
 # %% ../nbs/00_model.ipynb #31509efb
 def _recording(
@@ -148,7 +147,7 @@ def _as_json(
     what: str,  # for the message
 ) -> str:  # sorted and indented, as diffusers writes it
     "JSON text; raises `ValueError` for what JSON cannot hold"
-    try: return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=dict) + '\n'
+    try: return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n'
     except (TypeError, ValueError) as e: raise ValueError(f'{what} cannot be saved as JSON: {e}') from e
 
 # %% ../nbs/00_model.ipynb #479eec85

@@ -341,12 +341,38 @@ def test_fits():
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 2**20))
-def test_changed_captions_are_wrong_in_one_thing(number, seed):
+def test_changed_captions_are_nearly_right(number, seed):
+    "One attribute is another, or that of both things is exchanged; and the text is wrong, unless it is about a stroke"
     truth = Scenes('train', 10_001).batch([number])[1][0][2:]
     things, relation = change_one(*truth, random.Random(seed))
-    changes = [a != b for old, new in zip(truth[0], things) for a, b in zip(old[:3], new[:3])] + [relation != truth[1]]
-    assert sum(changes) == 1
+    changes = [[a != b for a, b in zip(old[:3], new[:3])] for old, new in zip(truth[0], things)]
+    if sum(map(sum, changes)) == 2:
+        k = changes[0].index(True)
+        assert relation == truth[1] and changes[0] == changes[1] and k < 2
+        assert [thing[k] for thing in things] == [thing[k] for thing in truth[0]][::-1]
+    else: assert sum(map(sum, changes)) + (relation != truth[1]) == 1
     if None not in [thing.stroke for thing in things]: assert not fits([(things, relation)], [truth]).any()
+
+
+def test_all_kinds_of_changes_happen():
+    "Each attribute, the relation, and both exchanges; what is equal in both things is never exchanged"
+    truth, kinds = ((RED7, BLUE3), 'above'), set()
+    for seed in range(300):
+        things, relation = change_one(*truth, random.Random(seed))
+        changes = [a != b for old, new in zip(truth[0], things) for a, b in zip(old[:3], new[:3])]
+        kinds.add((*changes, relation != truth[1]))
+    assert len(kinds) == 9 and (True, False, False, True, False, False, False) in kinds
+    twins = (RED7, RED7), 'above'
+    assert all(change_one(*twins, random.Random(seed)) != twins for seed in range(300))
+
+
+def test_captions_begin_above_or_left():
+    "Mostly; and what is said the other way round is still true"
+    truth, chance = ((BLUE3, RED7), 'below'), random.Random(0)
+    said = [clip_module._say(*truth, chance) for _ in range(400)]
+    upper = [text.replace(' sopra ', ' above ').split(' above ') for text in said if ' above ' in text or ' sopra ' in text]
+    assert .6 < len(upper)/400 < .8
+    assert all(any(word in first for word in ('7', 'seven', 'sette')) for first, _ in upper)
 
 
 @pytest.fixture(scope='module')
