@@ -311,6 +311,7 @@ def change_one(
     changed = things[i]._replace(**{name: other(getattr(things[i], name), values)})
     return (*things[:i], changed, *things[i + 1:]), relation
 
+# %% ../nbs/09_clip.ipynb #5a1e7d20
 def _say(things, relation, chance):
     "A caption in words that `chance` chooses; of two things, it mostly begins with the upper one or the left one"
     if relation in ('below', 'right of') and chance.random() < .7:
