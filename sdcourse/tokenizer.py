@@ -29,14 +29,14 @@ _LETTERS = {b: chr(b) for b in _own} | {b: chr(256 + i) for i, b in enumerate(so
 _PIECES = regex.compile(r"(<\|)(startoftext|endoftext)(\|>)|('s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)")
 
 def _normalize(text):
-    "Small letters, each accent joined to its letter; letter by letter, since the reference knows no final sigma"
-    return ''.join(c.lower() for c in unicodedata.normalize('NFC', text))
+    "Small letters, each made alone; accents joined to their letters; white space of any kind a single space"
+    return ''.join(c.lower() for c in regex.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)))
 
 def _split_words(text):
     "Words, digits, runs of signs of a normalized text in byte letters, each a tuple; merges stay within them"
-    pieces = filter(None, chain.from_iterable(_PIECES.findall(text)))
+    pieces = filter(None, chain.from_iterable(_PIECES.findall(text)))  # a match is four groups, one or three not empty
     words = ([_LETTERS[b] for b in piece.encode()] for piece in pieces)
-    return [(*word[:-1], f'{word[-1]}</w>') for word in words]            # the last letter says that the word ends
+    return [(*word[:-1], f'{word[-1]}</w>') for word in words]          # the last letter says that the word ends
 
 # %% ../nbs/08b_tokenizer.ipynb #a6770e9a
 def _merge_pair(tokens, pair):
@@ -50,10 +50,12 @@ def _merge_pair(tokens, pair):
 
 # %% ../nbs/08b_tokenizer.ipynb #42aaaa00
 def _check_texts(texts):
-    "A list of texts; raises `ValueError` for anything else"
+    "A list of texts; raises `ValueError` for anything else, half a character included"
     texts = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
     wrong = [f'{type(t).__name__} {t!r}' for t in texts if not isinstance(t, str)] or ['an empty batch']*(not texts)
     if wrong: raise ValueError(f'texts are a string, or several strings and at least one, got {wrong[0]}')
+    halves = [t for t in texts if regex.search(r'\p{Cs}', t)]
+    if halves: raise ValueError(f'a text is whole characters, got half of one (a lone surrogate) in {halves[0]!r}')
     return texts
 
 # %% ../nbs/08b_tokenizer.ipynb #d48cff50
@@ -73,7 +75,7 @@ def learn_merges(
 
 # %% ../nbs/08b_tokenizer.ipynb #2a998001
 def _check_vocab(vocab, merges, special):
-    "Raises `ValueError` for ids that are none, and for merges that no learner can have written"
+    "Raises `ValueError` for ids that are none, merges that don't build on each other, tokens that nothing makes"
     if not all(type(i) is int and i >= 0 for i in vocab.values()) or len(set(vocab.values())) < len(vocab):
         raise ValueError('a vocabulary gives each token an id of its own, a whole number from 0')
     missing = [t for t in special if t not in vocab]
@@ -82,6 +84,9 @@ def _check_vocab(vocab, merges, special):
     for i, pair in enumerate(merges, 1):
         if len(pair) == 2 and set(pair) <= known and ''.join(pair) in vocab: known.add(''.join(pair))
         else: raise ValueError(f'merge {i} must make a token of the vocabulary from two before, got {" ".join(pair)!r}')
+    if rest := set(vocab) - known - {*special}:
+        raise ValueError(f'tokens are letters of bytes, special, or made by a merge; none of the {len(merges)} merges '
+                         f'makes {min(rest, key=vocab.get)!r} (as if their list were cut short)')
 
 # %% ../nbs/08b_tokenizer.ipynb #5cb1fef7
 START, END = '<|startoftext|>', '<|endoftext|>'
@@ -93,16 +98,22 @@ class CLIPTokenizer:
         model_max_length:int=77, # ids in a row, start and end included
         bos_token:str=START, eos_token:str=END, # stand first and last
         unk_token:str=END, pad_token:str=END, # stand for unknown letters; fill up a row, in Stable Diffusion 2 with '!'
-        normalized:Collection[str]=(), # special tokens that are recognized in capitals too
+        normalized:Collection[str]=(), # special and added tokens that are recognized in capitals too
+        added:Mapping[str, bool]|None=None, # tokens without a role that stay whole too; True: `decode` can skip them
     ):
         self.special = dict(bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, pad_token=pad_token)
-        _check_vocab(vocab, merges, self.special.values())
+        self.added = {t: skip for t, skip in (added or {}).items() if t not in self.special.values()}
+        _check_vocab(vocab, merges, [*self.special.values(), *self.added])
         self.vocab, self.merges, self.normalized = dict(vocab), [tuple(m) for m in merges], set(normalized)
         self.model_max_length = model_max_length
         vars(self).update(self.special, **{f'{role}_id': vocab[token] for role, token in self.special.items()})
-        self.added_tokens_encoder = {token: vocab[token] for token in self.special.values()}
-        self._names, self._ranks = {i: t for t, i in vocab.items()}, {p: i for i, p in enumerate(self.merges)}
+        small = {i: _normalize(t) for t, i in self.added_tokens_encoder.items() if t in self.normalized}
+        self._names, self._ranks = {i: t for t, i in vocab.items()} | small, {p: i for i, p in enumerate(self.merges)}
     def __len__(self): return len(self.vocab)
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]: # ids by token
+        "The tokens that texts may hold as a whole: the special ones, and those that were added"
+        return {token: self.vocab[token] for token in (*self.special.values(), *self.added)}
 
 # %% ../nbs/08b_tokenizer.ipynb #dcc0b8d9
 @lru_cache(2**14)
@@ -115,26 +126,28 @@ def _merge(tokenizer, word):
 # %% ../nbs/08b_tokenizer.ipynb #c5cbbe49
 @patch
 def _split(self:CLIPTokenizer, text, written=True):
-    "Tokens of a text; special tokens inside it stay whole, as they are written or, if normalized, in capitals too"
-    found = '|'.join(regex.escape(t) for t in self.added_tokens_encoder if (t in self.normalized) != written)
-    for i, part in enumerate(regex.split(f'({found or "(?!)"})', text)):  # special tokens at odd places
-        if i % 2: yield part
+    "Tokens of a text; special and added ones stay whole, as they are written or, if normalized, in capitals too"
+    whole = [t for t in self.added_tokens_encoder if (t in self.normalized) != written]
+    whole = {t if written else _normalize(t): t for t in sorted(whole, key=len, reverse=True)}  # longer ones go first
+    found = '|'.join(map(regex.escape, whole))
+    for i, part in enumerate(regex.split(f'({found or "(?!)"})', text)):                        # they are at odd places
+        if i % 2: yield whole[part]
         elif written: yield from self._split(_normalize(part), written=False)
         else: yield from chain.from_iterable(_merge(self, word) for word in _split_words(part))
 
 # %% ../nbs/08b_tokenizer.ipynb #926594c6
 @patch
 def encode(self:CLIPTokenizer,
-    text:str, # any
+    text:str, # any Unicode text
 ) -> list[int]: # ids, between those of start and end
-    "Turn one text into ids, however many; raises `ValueError` if it is no string"
+    "Turn one text into ids, however many; raises `ValueError` if it is no text"
     ids = [self.vocab.get(token, self.unk_token_id) for token in self._split(*_check_texts([text]))]
     return [self.bos_token_id, *ids, self.eos_token_id]
 
 
 @patch
 def tokenize(self:CLIPTokenizer,
-    text:str, # any
+    text:str, # any Unicode text
 ) -> list[str]: # its tokens, without start and end
     "How a text falls apart."
     return [self._names[i] for i in self.encode(text)[1:-1]]
@@ -153,14 +166,15 @@ def learn_tokenizer(
 @patch
 def decode(self:CLIPTokenizer,
     token_ids:Sequence[int]|Tensor, # of one text, or of several, a row each
-    skip_special_tokens:bool=False, # whether to leave out start, end and padding
+    skip_special_tokens:bool=False, # whether to leave out special tokens: start, end, padding
 ) -> str|list[str]: # in small letters, a space after each word
     "Turn ids into a text, or into texts; raises `ValueError` for an id that the vocabulary does not have"
     ids, byte = getattr(token_ids, 'tolist', lambda: token_ids)(), {letter: b for b, letter in _LETTERS.items()}
     if ids and not isinstance(ids[0], int): return [self.decode(row, skip_special_tokens) for row in ids]
     unknown = [i for i in ids if i not in self._names]
     if unknown: raise ValueError(f'no token has the id {unknown[0]}; this vocabulary has {len(self)} tokens')
-    tokens = [t for t in map(self._names.get, ids) if not (skip_special_tokens and t in self.added_tokens_encoder)]
+    skipped = {*self.special.values(), *filter(self.added.get, self.added)} if skip_special_tokens else ()
+    tokens = [t for t in map(self._names.get, ids) if t not in skipped]
     data = b''.join(bytes(byte[c] for c in t) if set(t) <= byte.keys() else t.encode() for t in tokens)
     return data.decode(errors='replace').replace('</w>', ' ').strip()
 
@@ -190,8 +204,25 @@ def __call__(self:CLIPTokenizer,
     mask = torch.tensor([[1]*len(ids) + [0]*(width - len(ids)) for ids in rows])
     return AttrDict(input_ids=ids, attention_mask=mask)
 
+# %% ../nbs/08b_tokenizer.ipynb #ccb09e6d
+@patch
+def add_tokens(self:CLIPTokenizer,
+    tokens:str|Sequence[str], # such as '<cat-toy>'; those that were added before stay as they are
+) -> int: # how many are new
+    "Give new words an id each, the next ones (Gal et al., 2022); raises `ValueError` for no text, and for two alike"
+    new = [t for t in dict.fromkeys(_check_texts(tokens)) if t and t not in self.added_tokens_encoder]
+    small = Counter(map(_normalize, {*self.normalized, *new}))
+    alike = [t for t in new if small[_normalize(t)] > 1]
+    if alike: raise ValueError(f'added tokens must differ in small letters too, another one reads as {alike[0]!r} does')
+    for i, token in enumerate([t for t in new if t not in self.vocab], max(self._names) + 1): self.vocab[token] = i
+    self._names |= {self.vocab[token]: _normalize(token) for token in new}
+    self.added |= dict.fromkeys(new, False)
+    self.normalized |= {*new}
+    return len(new)
+
 # %% ../nbs/08b_tokenizer.ipynb #0bf4b6a9
-_FILES = 'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'
+_FILES = ('vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+          'added_tokens.json')
 
 def _read_vocab(folder, whole):
     "Vocabulary and merges from vocab.json and merges.txt, or else from `whole`, what tokenizer.json holds"
@@ -200,15 +231,26 @@ def _read_vocab(folder, whole):
     else: vocab, merges = dict(whole['model']['vocab']), whole['model']['merges']
     return vocab, [tuple(m.split(' ') if isinstance(m, str) else m) for m in merges if m and m[:8] != '#version']
 
-def _read_special(whole, config, table):
-    "Special tokens by role, and those of them that are recognized in capitals too, as transformers decides it"
+# %% ../nbs/08b_tokenizer.ipynb #362660ef
+def _read_special(whole, config, table, ids):
+    "Special tokens by role, `added` and `normalized`, as transformers decides them; and the ids that are stated"
     roles = {**config, **({} if 'added_tokens_decoder' in config else table)}
-    forms = {k: v if isinstance(v, Mapping) else {'content': v} for k in ('bos_token', 'eos_token', 'unk_token',
-             'pad_token') if (v := roles.get(k))}
-    flags = dict([*dict.fromkeys((v['content'], v.get('normalized')) for v in forms.values())])  # the last one counts
-    stated = whole.get('added_tokens') or config.get('added_tokens_decoder', {}).values()
-    flags |= {v['content']: v['normalized'] for v in stated}
-    return {k: v['content'] for k, v in forms.items()}, [t for t, normalized in flags.items() if normalized]
+    describe = lambda t: t if isinstance(t, Mapping) else {'content': t}
+    forms = {k: describe(v) for k in ('bos_token', 'eos_token', 'unk_token', 'pad_token') if (v := roles.get(k))}
+    more = map(describe, roles.get('extra_special_tokens') or roles.get('additional_special_tokens') or ())
+    named = [*forms.values(), *more]
+    capitals = dict([*dict.fromkeys((t['content'], t.get('normalized')) for t in named)])  # the last one counts
+    if 'added_tokens_decoder' in config: stated = config['added_tokens_decoder']
+    else:
+        stated = {i: dict(content=t, normalized=t not in capitals, special=t in capitals) for t, i in ids.items()}
+        stated |= {t['id']: t for t in whole.get('added_tokens', ())}
+    capitals |= {t['content']: t['normalized'] for t in stated.values()}
+    added = {t['content']: True for t in named} | {t['content']: t.get('special', False) for t in stated.values()}
+    if alone := [t['content'] for t in (*named, *stated.values()) if t.get('single_word')]:
+        raise ValueError(f'tokens that must stand alone (single_word) are not supported, got {alone[0]!r}')
+    special = {role: t['content'] for role, t in forms.items()}
+    return (dict(special, added=added, normalized=[t for t, known in capitals.items() if known]),
+            {t['content']: int(i) for i, t in stated.items()})
 
 # %% ../nbs/08b_tokenizer.ipynb #974914d3
 @patch(cls_method=True)
@@ -217,11 +259,13 @@ def from_pretrained(cls:CLIPTokenizer,
 ) -> CLIPTokenizer: # ready
     "Load a tokenizer; raises `ValueError` for files that are missing, damaged, or do not fit each other"
     folder = find_pretrained(name_or_path, subfolder, _FILES)
-    whole, config, table = (_read_json(folder/name) if (folder/name).exists() else {} for name in _FILES[2:])
+    whole, config, table, ids = (_read_json(folder/name) if (folder/name).exists() else {} for name in _FILES[2:])
     try:
-        (vocab, merges), (special, normalized) = _read_vocab(folder, whole), _read_special(whole, config, table)
+        (vocab, merges), (special, ids) = _read_vocab(folder, whole), _read_special(whole, config, table, ids)
+        twice = [t for t, i in ids.items() if vocab.setdefault(t, i) != i]
+        if twice: raise ValueError(f'the files in {folder} give {twice[0]!r} two ids')
         length = config.get('model_max_length', 77)
-        return cls(vocab, merges, length if length < 10**9 else 77, **special, normalized=normalized)  # 10³⁰: unknown
+        return cls(vocab, merges, length if length < 10**9 else 77, **special)  # 10³⁰: unknown
     except (AttributeError, KeyError, TypeError, UnicodeError) as e:
         raise ValueError(f'{folder} must hold undamaged vocab.json and merges.txt, or tokenizer.json: {e!r}') from e
 
@@ -232,9 +276,13 @@ def save_pretrained(self:CLIPTokenizer,
 ) -> Path: # `folder`
     "Write all five files that transformers' versions read; raises `ValueError` for what cannot be written"
     from transformers import AddedToken, CLIPTokenizer as Reference
-    added = {k: AddedToken(t, normalized=t in self.normalized, special=True) for k, t in self.special.items()}
-    whole = json.loads(Reference(self.vocab, self.merges, **added).backend_tokenizer.to_str())
-    config = dict(self.special, tokenizer_class='CLIPTokenizer', model_max_length=self.model_max_length)
+    describe = lambda t, special: AddedToken(t, normalized=t in self.normalized, special=special)
+    reference = Reference(self.vocab, self.merges, **{k: describe(t, True) for k, t in self.special.items()})
+    reference.add_tokens([describe(*item) for item in self.added.items()])
+    whole = json.loads(reference.backend_tokenizer.to_str())
+    stated = {t['id']: {k: v for k, v in t.items() if k != 'id'} for t in whole['added_tokens']}
+    config = dict(self.special, tokenizer_class='CLIPTokenizer', model_max_length=self.model_max_length,
+                  added_tokens_decoder=stated)
     merges = '\n'.join(['#version: 0.2', *map(' '.join, self.merges), ''])
     _make_folder(folder := Path(folder))
     for name, content in zip(_FILES, (self.vocab, merges, whole, config, self.special)):

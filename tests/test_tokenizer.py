@@ -56,20 +56,30 @@ def write(folder, tokenizer, config=None, table=None):
     return folder
 
 
+def read(folder):
+    "Our tokenizer and theirs from the same folder"
+    return CLIPTokenizer.from_pretrained(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(scope='module')
-def pairs(learned, tmp_path_factory):
-    "By flavour: our tokenizer and theirs, from the same folder"
+def folders(learned, tmp_path_factory):
+    "Published folders by flavour"
     top = tmp_path_factory.mktemp('tokenizers')
-    folders = {k: write(top/k, learned, *files) for k, files in flavours().items()}
-    return {k: (CLIPTokenizer.from_pretrained(f), transformers.CLIPTokenizer.from_pretrained(f))
-            for k, f in folders.items()}
+    return {k: write(top/k, learned, *files) for k, files in flavours().items()}
+
+
+@pytest.fixture(scope='module')
+def pairs(folders):
+    "By flavour: our tokenizer and theirs, from the same folder"
+    return {k: read(folder) for k, folder in folders.items()}
 
 
 def known(text): return all(unicodedata.category(c) not in ('Cn', 'Cs') for c in unicodedata.normalize('NFC', text))
 
 
 letters = st.characters(exclude_categories=['Cn', 'Cs'])
-SNIPPETS = [START, END, START.upper(), '<|EndOfText|>', '!', "'s", "'LL", "' ve", '</w>', '<|', '|>', 'red', ' seven ',
+SNIPPETS = [START, END, START.upper(), '<|EndOfText|>', '<|EndOfText|>!', '!', "'s", "'LL", "' ve", '</w>',
+            '<|', '|>', 'red', ' seven ',
             '7', '77', '²', 'Ⅷ', '一', '七つ', '\u0301', 'e\u0301', '\u0338', '\u200d', '👩\u200d🎨', '🇮🇹', 'İ', 'ΑΣ',
             'ß', 'ﬁ', '\x00', '\x1c', '\x85', '\u3000', '\t\n', '_', 'ǅ', '각', '\u1100\u1161', "it's", '’', 'ſ',
             '\u212a']
@@ -160,6 +170,8 @@ def test_each_reads_what_the_other_wrote(pairs, name, tmp_path):
 def test_copies(learned):
     for t in (copy.deepcopy(learned), pickle.loads(pickle.dumps(learned))):
         assert t.encode('seven elephants') == learned.encode('seven elephants')
+        t.add_tokens('elephants')
+        assert t.encode('seven elephants') != learned.encode('seven elephants') and len(t) == len(learned) + 1
 
 
 def test_letters_that_the_vocabulary_lacks(tmp_path):
@@ -180,6 +192,133 @@ def test_stable_diffusion_pipelines_calls(learned):
     assert not set(learned.tokenize('a red seven')) & set(learned.added_tokens_encoder)
 
 
+# tokens of one's own
+
+OWN = ['<cat-toy>', '<cat-toy>_1', '<cat-toy>_10', '<Big CAFÉ>', 'my toy', 'q', 'red</w>', 'seven', '七', "'s"]
+own_parts = st.one_of(parts, st.sampled_from([*OWN, '<CAT-TOY>', 'CAFE\u0301', '<big', 'my \t\u3000TOY', '_1', '_']))
+
+
+def same(ours, theirs, text):
+    ids = theirs(text).input_ids
+    return (ours.encode(text) == ids and ours.tokenize(text) == theirs.tokenize(text)
+            and all(ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip) for skip in (False, True)))
+
+
+@pytest.fixture(scope='module')
+def owners(folders):
+    "Both tokenizers by flavour, with tokens added to each (a deep copy of theirs would decode differently)"
+    both = {k: read(folder) for k, folder in folders.items()}
+    for name, (ours, theirs) in both.items():
+        assert theirs.add_tokens(OWN) == ours.add_tokens(OWN) == len(OWN), name
+        assert theirs.add_tokens('<cat-toy>') == ours.add_tokens('<cat-toy>') == theirs.add_tokens('') == 0
+    return both
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.lists(own_parts, max_size=12).map(''.join))
+@example(text='A red <CAT-TOY>, two <cat-toy>_1s, <cat-toy>_10 <cat-toy>_2')
+@example(text='x<cat-toy>y<cat-toy')
+@example(text='<big \n CAFE\u0301> <BIG CAFÉ>')
+@example(text='my toy, my\t TOY, my\u3000toy')
+@example(text="seven sevens it's red red</w> 七つ")
+def test_own_tokens(owners, text):
+    assume(known(text))
+    for name, (ours, theirs) in owners.items(): assert same(ours, theirs, text), name
+
+
+@pytest.mark.parametrize('name', flavours())
+def test_own_tokens_in_the_vocabulary(pairs, owners, name):
+    (plain, _), (ours, theirs) = pairs[name], owners[name]
+    assert ours.vocab == theirs.get_vocab() and ours.added_tokens_encoder == theirs.added_tokens_encoder
+    assert len(ours) == len(theirs) == len(plain) + 8 == 582  # red</w> and q were there
+    assert ours.vocab['<cat-toy>'] == 574 and not set(plain.added_tokens_encoder) & set(OWN)
+    assert plain.encode('a <cat-toy>') != ours.encode('a <cat-toy>')
+
+
+@pytest.mark.parametrize('name', flavours())
+def test_own_tokens_are_saved(owners, name, tmp_path):
+    ours, theirs = owners[name]
+    theirs.save_pretrained(tmp_path/'b')
+    ours.save_pretrained(tmp_path/'a')
+    ours.save_pretrained(tmp_path/'c')
+    for extra in ('tokenizer.json', 'special_tokens_map.json'): (tmp_path/'c'/extra).unlink()
+    odd = 'A <CAT-TOY> <cat-toy>_10 <|ENDOFTEXT|>, my  toy <Big cafe\u0301> red!'
+    for folder in (tmp_path/'a', tmp_path/'b', tmp_path/'c'):
+        t = CLIPTokenizer.from_pretrained(folder)
+        assert same(t, theirs, odd) and same(ours, transformers.CLIPTokenizer.from_pretrained(folder), odd)
+        assert (t.vocab, t.added, t.normalized) == (ours.vocab, ours.added, ours.normalized)
+        assert t.add_tokens(['<cat-toy>', '<new>']) == 1 and t.vocab['<new>'] == 582
+    assert Tokenizer.from_file(str(tmp_path/'a'/'tokenizer.json')).encode(odd).ids == theirs(odd).input_ids
+
+
+def test_old_file_of_added_tokens(learned, tmp_path):
+    "As the first textual inversions were published: the vocabulary, and added_tokens.json beside it"
+    config, table = flavours()['sd1']
+    folder = write(tmp_path/'old', learned, config, table)
+    (folder/'added_tokens.json').write_text(json.dumps({'<cat-toy>': 574, '<Dog-Toy>': 575}))
+    ours, theirs = read(folder)
+    assert ours.vocab == theirs.get_vocab() and ours.added_tokens_encoder == theirs.added_tokens_encoder
+    assert ours.encode('<cat-toy>')[1:-1] == [574]
+    for text in ('A <CAT-TOY>, a <dog-toy>', '<|EndOfText|>!'): assert same(ours, theirs, text)
+
+
+def test_old_file_of_added_tokens_that_are_special(learned, tmp_path):
+    "What has a role or is listed as special is recognized only as it is written"
+    config = dict(flavours()['sd1'][0], pad_token='<Pad>', additional_special_tokens=['<Pause>'])
+    folder = write(tmp_path/'old', learned, config)
+    (folder/'added_tokens.json').write_text(json.dumps({'<Pad>': 574, '<Pause>': 575, '<Cat>': 576}))
+    ours, theirs = read(folder)
+    assert ours.added == {'<Pause>': True, '<Cat>': False} and ours.pad_token_id == theirs.pad_token_id == 574
+    for text in ('a <Pad> <pad>', 'a <Pause> <pause>', 'a <Cat> <cat>'): assert same(ours, theirs, text), text
+
+
+def test_special_tokens_without_a_role(learned, tmp_path):
+    "Recognized only as they are written, and skipped"
+    theirs = transformers.CLIPTokenizer(learned.vocab, learned.merges)
+    theirs.add_special_tokens({'additional_special_tokens': ['<Pause>', 'red</w>']})
+    theirs.save_pretrained(tmp_path/'b')
+    ours = CLIPTokenizer.from_pretrained(tmp_path/'b')
+    assert ours.added == {'<Pause>': True, 'red</w>': True} and not ours.normalized
+    again = CLIPTokenizer.from_pretrained(ours.save_pretrained(tmp_path/'a'))
+    theirs_again = transformers.CLIPTokenizer.from_pretrained(tmp_path/'a')
+    for text in ('a <Pause> red</w>, a <pause> RED</w>', 'red'):
+        assert same(ours, theirs, text) and same(again, theirs, text) and same(ours, theirs_again, text)
+    listed = dict(flavours()['sd1'][0], additional_special_tokens=['red</w>'])  # in the vocabulary, but not described
+    folder = write(tmp_path/'listed', learned, listed)
+    ours, theirs = read(folder)
+    assert same(ours, theirs, 'red</w> red') and ours.added == {'red</w>': True}
+
+
+def test_own_tokens_after_a_gap(learned):
+    "New ids are the next after the greatest, also where some are left out"
+    vocab = {t: i + 100*(t == END) for t, i in learned.vocab.items()}
+    gap = CLIPTokenizer(vocab, learned.merges)
+    assert gap.add_tokens(['<a>', '<b>']) == 2 and gap.encode('<b><a>')[1:-1] == [675, 674]
+    assert gap.decode([675]) == '<b>'
+
+
+@pytest.mark.parametrize('tokens, message', [
+    (7, 'texts are a string'), (['<a>', None], 'texts are a string'), ([], 'an empty batch'), ('<\ud800>', 'surrogate'),
+    (['<A>', '<a>'], "as '<A>' does"), ('<Cat-Toy>', "as '<Cat-Toy>' does"), ('<|EndOfText|>', 'in small letters too')])
+def test_tokens_that_cannot_be_added(learned, tokens, message):
+    ours = CLIPTokenizer(learned.vocab, learned.merges, normalized=[END])
+    ours.add_tokens('<cat-toy>')
+    with pytest.raises(ValueError, match=message): ours.add_tokens(tokens)
+    assert len(ours) == len(learned) + 1 and ours.added == {'<cat-toy>': False}
+
+
+def test_added_tokens_that_cannot_be_read(learned, tmp_path):
+    config, table = flavours()['sd1']
+    for i, (more, added, message) in enumerate([
+            ({}, {'<cat-toy>': 573}, 'an id of its own'), ({}, {'seven</w>': 574}, "give 'seven</w>' two ids"),
+            ({'extra_special_tokens': ['<x>']}, {}, "lacks '<x>'"), ({}, {'<cat-toy>': 'x'}, 'invalid literal'),
+            ({'pad_token': dict(token('!'), single_word=True)}, {}, "single_word.* got '!'"),
+            ({'added_tokens_decoder': {'574': dict(token('<a>'), single_word=True)}}, {}, "single_word.* got '<a>'")]):
+        folder = write(tmp_path/str(i), learned, {**config, **more})
+        (folder/'added_tokens.json').write_text(json.dumps(added))
+        with pytest.raises(ValueError, match=message): CLIPTokenizer.from_pretrained(folder)
+
+
 # learning
 
 def test_vocabulary_is_as_clips(learned):
@@ -189,6 +328,11 @@ def test_vocabulary_is_as_clips(learned):
     assert ids[512:-2] == [a + b for a, b in learned.merges]
     assert len(learned) == 514 + 60
     for text in ('sette', 'a BOLD red 7', 'café 😀'): assert learned.decode(learned.encode(text), True) == text.lower()
+
+
+def test_a_tie_is_decided_by_the_alphabet():
+    for captions in (['cd', 'ab'], ['ab', 'cd'], ['cd ab'], ['ab cd']):
+        assert learn_merges(captions, 2) == [('a', 'b</w>'), ('c', 'd</w>')]
 
 
 def test_merges_as_the_library_learns_them():
@@ -226,7 +370,10 @@ def test_texts(learned, texts, message):
 
 
 def test_half_a_character(learned):
-    with pytest.raises(ValueError, match='surrogates not allowed'): learned.encode('\ud800')
+    for call in (learned, learned.encode, learned.tokenize, lambda t: learn_merges([t], 3)):
+        for text in ('\ud800', 'red \udfff', '\ud83d\ude00'):  # two halves are no whole in Python either
+            with pytest.raises(ValueError, match='half of one .a lone surrogate. in') as e: call(text)
+            assert type(e.value) is ValueError
 
 
 @pytest.mark.parametrize('options, message', [
@@ -247,19 +394,23 @@ def test_unknown_ids(learned):
     ('vocab.json', lambda t: '[]', 'must hold a JSON object'),
     ('vocab.json', lambda t: t.replace('"!": 0', '"!": 1'), 'an id of its own'),
     ('vocab.json', lambda t: t.replace('"!": 0', '"!": "0"'), 'an id of its own'),
-    ('vocab.json', lambda t: t.replace('endoftext', 'end'), r"574 tokens lacks '<\|endoftext\|>'"),
+    ('vocab.json', lambda t: t.replace('endoftext', 'end'), 'an id of its own'),
     ('vocab.json', lambda t: t.replace('"seven</w>"', '"s8</w>"'), 'merge .* token of the vocabulary'),
     ('merges.txt', lambda t: t.replace('\n', '\ne\n', 1), "got 'e'"),
     ('merges.txt', lambda t: t.replace('\n', '\ne n x\n', 1), "got 'e n x'"),
     ('merges.txt', lambda t: '\n'.join(t.split('\n')[::-1]), 'merge 1 must'),
     ('merges.txt', lambda t: t + 'q zebra\n', "got 'q zebra'"),
+    ('merges.txt', lambda t: '\n'.join(t.split('\n')[:-2]), 'none of the 59 merges makes'),
+    ('merges.txt', lambda t: '#version: 0.2', 'none of the 0 merges makes'),
+    ('vocab.json', lambda t: t.replace('"!": 0', '"!": 0, "zebra": 600'), "makes 'zebra'"),
     ('merges.txt', lambda t: t.encode() + b'\xff', 'undamaged .* UnicodeDecodeError'),
     ('merges.txt', lambda t: None, 'undamaged vocab.json and merges.txt, or tokenizer.json'),
     ('vocab.json', lambda t: None, 'undamaged vocab.json and merges.txt, or tokenizer.json'),
     ('tokenizer_config.json', lambda t: '{', 'not valid JSON'),
     ('tokenizer_config.json', lambda t: '{"model_max_length": "long"}', 'undamaged'),
     ('tokenizer_config.json', lambda t: '{"pad_token": {"text": 1}}', 'undamaged'),
-    ('tokenizer_config.json', lambda t: '{"pad_token": "<pad>"}', "lacks '<pad>'"),
+    ('tokenizer_config.json', lambda t: '{"pad_token": "<pad>"}', "574 tokens lacks '<pad>'"),
+    ('tokenizer_config.json', lambda t: '{"added_tokens_decoder": [7]}', 'undamaged'),
     ('tokenizer.json', lambda t: '{"model": {"vocab": 7}}', 'undamaged')])
 def test_damaged_files(learned, tmp_path, name, change, message):
     learned.save_pretrained(tmp_path)
