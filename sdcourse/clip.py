@@ -44,13 +44,13 @@ class _Attention(nn.Module):
     "Every place asks, every place answers, in several heads"
     def __init__(self, config):
         super().__init__()
-        d, n, self.heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+        d, layers, self.heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
         if self.heads < 1 or d % self.heads: raise ValueError(f'attention heads must divide {d}, got {self.heads}')
-        self.q_proj, self.k_proj, self.v_proj = (_random(nn.Linear(d, d), (2*d*n)**-0.5) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (_random(nn.Linear(d, d), (2*d*layers)**-0.5) for _ in range(3))
         self.out_proj = _random(nn.Linear(d, d), d**-0.5)
 
     def forward(self, x, mask, causal):
-        "softmax(q·kᵀ/√d)·v, (b,n,d) as x is; causal: no place sees those after it"
+        "softmax(q·kᵀ/√(d/heads))·v in each head, (b,n,d) as x is; causal: no place sees those after it"
         q, k, v = (w.unflatten(2, (self.heads, -1)).transpose(1, 2)       # (b,n,d) -> (b,heads,n,d/heads)
                    for w in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -115,16 +115,16 @@ def modernize(cls:CLIPPreTrainedModel,
 
 # %% ../nbs/09_clip.ipynb #11143a18
 class EncoderOutput(NamedTuple):
-    "What an encoder answers; by name or by place, as hosts like it."
-    last_hidden_state:Tensor # a vector for each place, (b,n,d); of texts, normalized
-    pooler_output:Tensor # one vector for the whole, normalized, (b,d)
+    "What an encoder answers; by name or by place, as programs such as diffusers expect it."
+    last_hidden_state:Tensor # a vector for each place, (b,n,d); of texts, after a LayerNorm
+    pooler_output:Tensor # one vector for the whole, after a LayerNorm, (b,d)
     hidden_states:tuple[Tensor, ...]|None=None # what went into the first layer and came out of each, if asked for
 
 # %% ../nbs/09_clip.ipynb #379d3e22
 class CLIPTextModel(CLIPPreTrainedModel):
     "The text encoder of Stable Diffusion 1 and 2, in transformers' names (Radford et al., 2021)."
     model_type, part = 'clip_text_model', 'text'
-    text_model = property(lambda self: self)  # where hosts look for final_layer_norm
+    text_model = property(lambda self: self)  # where diffusers looks for final_layer_norm
     def __init__(self,
         vocab_size:int=49408, max_position_embeddings:int=77, # tokens that the tokenizer knows, ids in a row
         hidden_size:int=512, intermediate_size:int=2048, # width d of the vectors, and of the MLPs inside
@@ -155,7 +155,8 @@ def _check_ids(ids, config):
 @patch
 def forward(self:CLIPTextModel,
     input_ids:Tensor, attention_mask:Tensor|None=None, # (b,n); 0 for ids that nobody may look at, None: all ones
-    output_hidden_states:bool=False, return_dict:bool|None=None, # whether to answer those; nothing, hosts pass it
+    output_hidden_states:bool=False, # whether to answer those, too
+    return_dict:bool|None=None, # without effect; diffusers passes it
 ) -> EncoderOutput: # last_hidden_state (b,n,d), pooler_output (b,d)
     "What each token means after those before it; the end token has read all. Raises `ValueError`"
     config, n = self.config, _check_ids(input_ids, self.config) or input_ids.shape[1]
@@ -190,7 +191,8 @@ class CLIPVisionModel(CLIPPreTrainedModel):
 @patch
 def forward(self:CLIPVisionModel,
     pixel_values:Tensor, # (b,num_channels,image_size,image_size), as it was trained; our own models: in [-1,1]
-    output_hidden_states:bool=False, return_dict:bool|None=None, # whether to answer those; nothing, hosts pass it
+    output_hidden_states:bool=False, # whether to answer those, too
+    return_dict:bool|None=None, # without effect; diffusers passes it
 ) -> EncoderOutput: # last_hidden_state (b,1+patches,d), pooler_output (b,d)
     "What each patch shows among the others; the first place gathers the whole. Raises `ValueError`"
     x, e, size = pixel_values, self.embeddings, (self.config.num_channels, *[self.config.image_size]*2)
@@ -423,7 +425,7 @@ def zero_shot(
     images:Tensor, scenes:Sequence[Scene], # as `Scenes.batch` gives them
     language:str='en', # of the captions: 'en' or 'it'
 ) -> dict: # digit, color, stroke, relation: the share of questions that are answered right, 0 to 1
-    "Which of several captions that differ in one attribute is nearest to the picture? Nothing was trained for that."
+    "Of captions that differ in one attribute, which is nearest to the picture? No classifier was trained for it."
     pictures, questions = encode_pictures(clip, images), [[*_questions(scene, language)] for scene in scenes]
     texts = encode_captions(clip, tokenizer, [t for several in questions for _, texts, _ in several for t in texts])
     right, start = {'digit': [], 'color': [], 'stroke': [], 'relation': []}, 0
