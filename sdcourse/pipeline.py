@@ -15,7 +15,6 @@ from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -313,7 +312,7 @@ def _from_image(self:StableDiffusionPipeline, n, image, mask, strength, generato
     if nine:
         kept = _repeat(self.encode(image*(mask < .5), generator), n, 'image').to(like)   # grey where the mask is
         return dict(xt=xt, extra=torch.cat([small, kept], dim=1))
-    fresh_noise(noise if isinstance(generator, (list, tuple)) else noise[:len(image)], generator)  # theirs draws here too
+    fresh_noise(noise[:None if isinstance(generator, (list, tuple)) else len(image)], generator)  # they draw here too
     return dict(xt=xt, known=known, noise=noise, mask=small)
 
 # %% ../nbs/11_pipeline.ipynb #b7079c0b
@@ -424,7 +423,7 @@ def denoise(self:StableDiffusionPipeline,
 # %% ../nbs/11_pipeline.ipynb #47e06508
 class Output(NamedTuple):
     "What a call returns, in the reference's names."
-    images:list|Tensor|np.ndarray # as `output_type` says
+    images:list|Tensor # or an array, as `output_type` says
     nsfw_content_detected:list[bool]|None=None # which pictures the safety checker found fault with; None: no checker
 
 # %% ../nbs/11_pipeline.ipynb #1c44139a

@@ -103,7 +103,7 @@ def saved_pipe(folder): return StableDiffusionPipeline.from_pretrained(folder)
 @pytest.fixture
 def pipe(saved_pipe):
     "Ours, all parts ours; a test may replace parts and leave them so"
-    return StableDiffusionPipeline(**{name: part for name, part in vars(saved_pipe).items()})
+    return StableDiffusionPipeline(**vars(saved_pipe))
 
 
 def near(a, b, most=1e-4):
@@ -695,7 +695,7 @@ WRONG = {
     'no prompts': (dict(prompt=[]), 'prompt must be .* got an empty list'),
     'a number among them': (dict(prompt=['a', 3]), 'got int 3'),
     'negative number': (dict(negative_prompt=0), 'negative_prompt must be'),
-    'negatives': (dict(prompt=['a', 'a', 'a'], negative_prompt=['a', 'a']), '1 or 3 negative prompts are needed, .*; got 2'),
+    'negatives': (dict(prompt=['a', 'a', 'a'], negative_prompt=['a', 'a']), '1 or 3 negative prompts .*; got 2'),
     'prompt twice': (dict(prompt_embeds=torch.zeros(1, 32, 16)), 'prompt_embeds or prompt, not both'),
     'narrow vectors': (dict(prompt='', prompt_embeds=torch.zeros(1, 32, 8)), r'got 1, \(32, 16\) for \(32, 8\)'),
     'generators': (dict(generator=[generator()]*2), '1 pictures need 1 generators, got 2'),
