@@ -28,7 +28,7 @@ from .images import _whole, atomic_path, to_pictures, to_pil
 from .model import (Model, _as_json, _check_device, _check_dtype, _make_folder, _read_json, _remove,
                             find_pretrained)
 from .noise import split_output
-from .schedulers import fresh_noise
+from .schedulers import _fresh_noise
 from .tokenizer import CLIPTokenizer
 from .unet import Remembered, UNet2DConditionModel
 from .vae import AutoencoderKL
@@ -270,7 +270,7 @@ def encode(self:StableDiffusionPipeline,
     image = _check_pictures(image, self.factor).to(self.vae.device, self.vae.dtype)
     dist = self.vae.encode(image).latent_dist
     n = len(generator) if isinstance(generator, (list, tuple)) else len(image)
-    noise = fresh_noise(dist.mean.new_empty(n, *dist.mean.shape[1:]), generator)
+    noise = _fresh_noise(dist.mean.new_empty(n, *dist.mean.shape[1:]), generator)
     mean, std = _repeat(dist.mean, n, 'image'), _repeat(dist.std, n, 'image')
     return (mean + std*noise)*self.vae.config.scaling_factor
 
@@ -291,7 +291,7 @@ def _from_noise(self:StableDiffusionPipeline, n, latents, height, width, generat
     if latents is None:
         height, width = (side*f if size is None else size for size in (height, width))
         _check_sizes(height, width, f)
-        latents = fresh_noise(like.new_empty(n, z, height//f, width//f), generator)
+        latents = _fresh_noise(like.new_empty(n, z, height//f, width//f), generator)
     wanted = n, z, *(latents.shape[2 + i] if size is None else size//f for i, size in enumerate((height, width)))
     if latents.shape != wanted or not latents.is_floating_point():
         raise ValueError(f'latents must be a floating tensor {wanted}, got {_kind(latents)}')
@@ -304,7 +304,7 @@ def _from_image(self:StableDiffusionPipeline, n, image, mask, strength, generato
     z, size = self.vae.config.latent_channels, [side//self.factor for side in image.shape[2:]]
     nine, pure = self.unet.config.in_channels > z, mask is not None and strength == 1
     known = None if nine and pure else _repeat(self.encode(image, generator), n, 'image').to(like)
-    noise = fresh_noise(like.new_empty(n, z, *size), generator)
+    noise = _fresh_noise(like.new_empty(n, z, *size), generator)
     if pure: xt = noise*self.scheduler.init_noise_sigma
     else: xt = self.scheduler.add_noise(known, noise, timesteps[:1].repeat(n))
     if mask is None: return dict(xt=xt)
@@ -312,7 +312,7 @@ def _from_image(self:StableDiffusionPipeline, n, image, mask, strength, generato
     if nine:
         kept = _repeat(self.encode(image*(mask < .5), generator), n, 'image').to(like)   # grey where the mask is
         return dict(xt=xt, extra=torch.cat([small, kept], dim=1))
-    fresh_noise(noise[:None if isinstance(generator, (list, tuple)) else len(image)], generator)  # they draw here too
+    _fresh_noise(noise[:None if isinstance(generator, (list, tuple)) else len(image)], generator)  # they draw here too
     return dict(xt=xt, known=known, noise=noise, mask=small)
 
 # %% ../nbs/11_pipeline.ipynb #b7079c0b

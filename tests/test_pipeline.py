@@ -314,7 +314,7 @@ def test_half(pipe, folder, tmp_path, dtype):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     theirs.set_progress_bar_config(disable=True)
     its = theirs(PROMPT, num_inference_steps=4, latents=noise().to(dtype), output_type='np').images
-    near(ours, its, .03)
+    near(ours, its, .02 if dtype == torch.float16 else .1)  # bfloat16 has 8 bits for the digits of a number
     assert half.to(dtype=torch.float32).unet.dtype == torch.float32
 
 
