@@ -2,20 +2,21 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'BLOCKS', 'timestep_embedding', 'TimestepEmbedding', 'ResnetBlock2D', 'Downsample2D', 'Upsample2D',
-           'Attention', 'GEGLU', 'FeedForward', 'BasicTransformerBlock', 'Transformer2DModel', 'DownBlock', 'MidBlock',
-           'UpBlock', 'UNet2DConditionModel']
+           'Remembered', 'Attention', 'GEGLU', 'FeedForward', 'BasicTransformerBlock', 'Transformer2DModel',
+           'DownBlock', 'MidBlock', 'UpBlock', 'UNet2DConditionModel', 'Prediction']
 
 # %% ../nbs/05_unet.ipynb #81766fc6
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .model import Model
+from .model import Config, Model
 
 # %% ../nbs/05_unet.ipynb #ba3e54f3
 def timestep_embedding(
@@ -105,6 +106,27 @@ class Upsample2D(nn.Module):
         "Nearest neighbour, then one convolution."
         return self.conv(F.interpolate(x, size=size or (2*x.shape[2], 2*x.shape[3]), mode='nearest'))
 
+# %% ../nbs/05_unet.ipynb #5c1e93a7
+def _in_heads(x, heads): return x.unflatten(2, (heads, -1)).transpose(1, 2)  # (b,n,c) -> (b,heads,n,c/heads)
+
+def _keys_values(attention, context):
+    "What an attention makes of that which answers"
+    return [_in_heads(layer(context), attention.heads) for layer in (attention.to_k, attention.to_v)]
+
+class Remembered:
+    "What answers, and what each attention made of it: for a prompt, that stays the same from step to step."
+    def __init__(self,
+        vectors:Tensor, # (b,m,cross_attention_dim)
+    ):
+        self.vectors, self.known = vectors, {}
+
+    def answers(self,
+        attention:nn.Module, # that asks
+    ) -> list[Tensor]: # k and v, (b,heads,m,c/heads)
+        "Keys and values, computed when an attention asks for the first time."
+        if attention not in self.known: self.known[attention] = _keys_values(attention, self.vectors)
+        return self.known[attention]
+
 # %% ../nbs/05_unet.ipynb #5b8c1093
 class Attention(nn.Module):
     "Every place asks, every place (or word) answers: softmax(q·kᵀ/√d)·v, in several heads (Vaswani et al., 2017)."
@@ -124,12 +146,11 @@ class Attention(nn.Module):
 
     def forward(self,
         x:Tensor, # what asks, (b,n,query_dim)
-        context:Tensor|None=None, # what answers, (b,m,cross_attention_dim); None: x itself
+        context=None, # what answers, a tensor (b,m,cross_attention_dim), or `Remembered`; None: x itself
     ) -> Tensor: # (b,n,query_dim)
         "Each of the n places gets a mixture of the m values."
-        context = x if context is None else context
-        q, k, v = (w.unflatten(2, (self.heads, -1)).transpose(1, 2)       # (b,n,c) -> (b,heads,n,c/heads)
-                   for w in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, context = _in_heads(self.to_q(x), self.heads), x if context is None else context
+        k, v = context.answers(self) if isinstance(context, Remembered) else _keys_values(self, context)
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/05_unet.ipynb #7d8034d0
@@ -395,6 +416,7 @@ class UNet2DConditionModel(Model):
 @patch
 def _build(self:UNet2DConditionModel):
     "All layers, from the config; raises `ValueError` for one that does not fit together"
+    self._config = Config({**FIXED, **self.config})                       # hosts ask for the reference's arguments too
     c, channels = self.config, list(self.config.block_out_channels)
     heads = _one_each(c.attention_head_dim, len(channels), 'attention_head_dim')
     _check_config(c.down_block_types, c.mid_block_type, c.up_block_types, channels, c.norm_num_groups)
@@ -432,24 +454,33 @@ def embed(self:UNet2DConditionModel,
         raise ValueError(f'class_labels must lie between 0 and {classes - 1}, got {class_labels.tolist()}')
     return temb + self.class_embedding(class_labels)
 
+# %% ../nbs/05_unet.ipynb #d7a3c051
+class Prediction(NamedTuple):
+    "What the U-Net answers to a host, under the reference's name."
+    sample:Tensor # the prediction, (b,out_channels,h,w)
+
 # %% ../nbs/05_unet.ipynb #637b93c9
 @patch
 def forward(self:UNet2DConditionModel,
     sample:Tensor, # noisy pictures or latents, (b,in_channels,h,w)
     timestep:Tensor|int|float, # of the noise, one for all or one each, (b,)
-    encoder_hidden_states:Tensor|None=None, # the prompt's vectors, (b,m,cross_attention_dim)
+    encoder_hidden_states=None, # the prompt's vectors, a tensor (b,m,cross_attention_dim), or `Remembered`
     class_labels:Tensor|None=None, # class of each picture, (b,)
+    return_dict:bool|None=None, # hosts say True or False, and get a `Prediction`
+    timestep_cond:None=None, cross_attention_kwargs:None=None, added_cond_kwargs:None=None, # hosts pass these empty
 ) -> Tensor: # the prediction (noise, v or x0, as it was trained), (b,out_channels,h,w)
     "Down, through the middle, and up with what was seen on the way down."
-    temb = self.embed(timestep, class_labels, sample)
-    x = self.conv_in(sample)
+    if any(x is not None for x in (timestep_cond, cross_attention_kwargs, added_cond_kwargs)):
+        raise ValueError('timestep_cond, cross_attention_kwargs and added_cond_kwargs must be None in this U-Net')
+    temb, x = self.embed(timestep, class_labels, sample), self.conv_in(sample)
     skips = [x]
     for block in self.down_blocks:
         x, found = block(x, temb, encoder_hidden_states)
         skips += found
     if self.mid_block is not None: x = self.mid_block(x, temb, encoder_hidden_states)
     for block in self.up_blocks: x = block(x, skips, temb, encoder_hidden_states)
-    return self.conv_out(F.silu(self.conv_norm_out(x)))
+    x = self.conv_out(F.silu(self.conv_norm_out(x)))
+    return x if return_dict is None else Prediction(x)
 
 # %% ../nbs/05_unet.ipynb #45e0e42a
 @patch(cls_method=True)
