@@ -376,6 +376,26 @@ def test_incomplete_folders(folder, tmp_path):
     with pytest.raises(ValueError, match='has no net'): StableDiffusionPipeline.from_pretrained(folder, net=None)
 
 
+def test_a_hub_is_asked_for_little(folder, monkeypatch):
+    "Only the files that are read, part by part; a download that breaks off names the repository"
+    import huggingface_hub
+    asked = []
+    def snapshot(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot)
+    pipe = StableDiffusionPipeline.from_pretrained('somebody/something')
+    assert type(pipe.unet) is UNet2DConditionModel
+    assert {name.split('/')[0] for name in asked} == {'model_index.json', *parts()}
+    assert sum(name.endswith('.safetensors') for name in asked) == 3 and not any('*' in name for name in asked)
+    def broken(name, allow_patterns):
+        if any(pattern.startswith('vae') for pattern in allow_patterns): raise OSError('connection lost')
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
+    with pytest.raises(ValueError, match="cannot get 'somebody/something' from the hub: connection lost"):
+        StableDiffusionPipeline.from_pretrained('somebody/something')
+
+
 def test_half_a_folder_is_none(pipe, tmp_path, monkeypatch):
     "Saving that is cut short leaves no pipeline, not even the old one with some new parts"
     pipe.save_pretrained(tmp_path)
@@ -558,6 +578,16 @@ def test_nothing_is_changed(pipe):
     pipe(PROMPT, image=image, mask_image=area, num_inference_steps=2)
     assert all(map(torch.equal, kept, (latents, image, area)))
     assert all(torch.equal(state[k], v) for k, v in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize('how', ['replaced', 'in place'])
+def test_compiled(saved_pipe, folder, how):
+    "torch.compile sees one whole graph of the U-Net (a second one while keys and values are computed); nothing changes"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    if how == 'replaced': pipe.unet = torch.compile(pipe.unet, backend='eager', fullgraph=True)
+    else: pipe.unet.compile(backend='eager', fullgraph=True)
+    words = dict(num_inference_steps=4, latents=noise(), output_type='np')
+    near(pipe(PROMPT, **words).images, saved_pipe(PROMPT, **words).images, 1e-6)
 
 
 # the loop
