@@ -83,6 +83,7 @@ benchmark: dev
 	@$(WITHIN) python benchmarks/gradients.py --json benchmarks/gradients.json
 	@$(WITHIN) python benchmarks/digits.py --json benchmarks/digits.json
 	@$(WITHIN) python benchmarks/vae.py --json benchmarks/vae.json
+	@$(WITHIN) python benchmarks/schedulers.py --json benchmarks/schedulers.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs

@@ -3,8 +3,8 @@
     python benchmarks/schedulers.py [--steps 25] [--repeats 20] [--shape 1 4 64 64] [--json FILE] [--quick]
 
 Both walk the same way in lockstep: our step, then theirs, with the same answer of the model, so that whatever else the
-machine does hits both. Microseconds of a call of `step` (with `scale_model_input`), the median over all steps of all
-repeats; on a GPU the time until the next call could be made, without waiting for the GPU. Planning is timed apart.
+machine does hits both. Microseconds of a call of `step`, the median over all steps of all repeats; on a GPU the time
+until the next call could be made, without waiting for the GPU. Planning (`set_timesteps`) is timed apart.
 """
 import argparse
 import inspect
@@ -47,14 +47,15 @@ class Walk:
         start = time.perf_counter()
         self.scheduler.set_timesteps(self.steps, device=self.device)
         seconds = time.perf_counter() - start
-        self.x, self.more = x, {}
+        self.x, self.more, self.timesteps = x, {}, list(self.scheduler.timesteps)
         if self.random: self.more['generator'] = torch.Generator(self.device).manual_seed(0)
         return seconds
 
     def step(self, i, output):
         "Take a step and note what it cost"
-        start, t = time.perf_counter(), self.scheduler.timesteps[i]
+        t = self.timesteps[i]
         self.scale(self.x, t)
+        start = time.perf_counter()
         self.x = self.scheduler.step(output, t, self.x, **self.more, return_dict=False)[0]
         self.times.append(time.perf_counter() - start)
 
@@ -65,7 +66,7 @@ def measure(name, options, args):
     output, x, planning = *torch.randn(2, *args.shape, device=args.device), ([], [])
     for repeat in range(args.repeats + 1):
         for walk, seconds in zip(walks, planning): seconds.append(walk.begin(x))
-        for i in range(len(walks[0].scheduler.timesteps)):
+        for i in range(len(walks[0].timesteps)):
             for walk in walks[::-1] if (i + repeat) % 2 else walks: walk.step(i, output)
         if not repeat:                                                       # the first one warms up
             for walk, seconds in zip(walks, planning): walk.times.clear(), seconds.clear()
@@ -79,7 +80,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--steps', type=int, default=25, help='steps of a walk (default: 25)')
     parser.add_argument('--repeats', type=int, default=20, help='counted walks (default: 20)')
-    parser.add_argument('--shape', type=int, nargs=4, default=[1, 4, 64, 64], help='of the latents (default: 1 4 64 64)')
+    parser.add_argument('--shape', type=int, nargs=4, default=[1, 4, 64, 64], metavar='N',
+                        help='of the latents (default: 1 4 64 64)')
     parser.add_argument('--device', type=torch.device, default=default_device(), help='(default: the fastest here)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers there')
     parser.add_argument('--quick', action='store_true', help='a little of each, to see that it runs')

@@ -83,8 +83,8 @@ class Scheduler:
     num_train_timesteps:int=1000 # T, the number of noise levels that the model was trained with
     config_name, order, init_noise_sigma, sigmas = 'scheduler_config.json', 1, 1., None  # without a type: no options
     fixed = {}  # options of the reference that Stable Diffusion leaves at these values: accepted with them alone
-    counted, only_floats, scales, extra, takes = True, False, False, 0, ()  # how subclasses differ, and defaults of
-    use_karras_sigmas, use_exponential_sigmas, rescale_betas_zero_snr = False, False, False  # options that not all have
+    counted, only_floats, scales, extra, takes = True, False, False, 0, ()  # how subclasses differ; absent options:
+    use_karras_sigmas = use_exponential_sigmas = rescale_betas_zero_snr = False
     def __init_subclass__(cls): dataclass(eq=False, repr=False)(cls)
     def __new__(cls, *options, **named):
         self = super().__new__(cls)
@@ -96,7 +96,7 @@ class Scheduler:
             raise ValueError('use_karras_sigmas and use_exponential_sigmas are both True; allowed: one of them')
         self._others = {}  # options of other schedulers
         self._prepare()
-    def __len__(self) -> int: return self.num_train_timesteps
+    def __len__(self): return self.num_train_timesteps
     def __repr__(self) -> str: return f'{type(self).__name__}({dict(self.config)})'
     @property
     def config(self) -> Config:
@@ -219,18 +219,20 @@ def from_config(cls:Scheduler,
     if odd := [name for name in changes if name not in names]:
         raise ValueError(f'{cls.__name__} has no option {", ".join(odd)}; allowed: {", ".join(names)}')
     given = {k: v for k, v in config.items() if not k.startswith('_') and k not in implicit} | changes
-    if odd := [f'{k}={v!r} (allowed: {fixed[k]!r})' for k, v in given.items() if k in fixed and v != fixed[k]]:
+    if odd := [f'{k}={v!r} (allowed: {fixed[k]!r})' for k, v in given.items() if v not in (None, fixed.get(k, v))]:
         raise ValueError(f'{cls.__name__} is that of Stable Diffusion; it cannot have {", ".join(odd)}')
     self = cls(**{k: v for k, v in given.items() if k in names})
     self._others = {k: v for k, v in given.items() if k not in names and k not in fixed}
     return self
 
+# %% ../nbs/10_schedulers.ipynb #c1c82171
 @patch
 def _correct(self:Scheduler, config):
     "Take changed options, as diffusers' pipelines assign them"
     changed = {f.name: config[f.name] for f in fields(self) if config.get(f.name, f) not in (f, getattr(self, f.name))}
-    vars(self).update(changed, _given=self._given | {*changed})
-Scheduler._internal_dict = property(lambda self: self.config, _correct)
+    others = {name: config.get(name, value) for name, value in self._others.items()}
+    vars(self).update(changed, _given=self._given | {*changed}, _others=others)
+Scheduler._internal_dict = property(lambda self: self.config, Scheduler._correct)
 
 # %% ../nbs/10_schedulers.ipynb #a7ca18ab
 @patch
@@ -238,7 +240,7 @@ def save_pretrained(self:Scheduler,
     folder:str|Path, # made if it is not there
 ) -> Path: # the folder
     "Write scheduler_config.json, which diffusers reads too. Raises `ValueError` for what cannot be written."
-    options = {k: v for k, v in self.config.items() if not k.startswith('_')}
+    options = {k: v for k, v in self.config.items() if k[0] != '_' and v != -math.inf}  # JSON has no infinity
     text = _as_json({'_class_name': type(self).__name__, **options}, f'the config of {type(self).__name__}')
     _make_folder(Path(folder))
     with atomic_path(Path(folder)/self.config_name) as path: path.write_text(text, encoding='utf-8')
@@ -502,12 +504,13 @@ def _respaced(options, sigma_min, sigma_max, n):
     if options.use_karras_sigmas: return karras(low, high, n)
     return np.exp(np.linspace(math.log(high), math.log(low), n))
 
-def _sigma_to_t(sigmas, log_sigmas):
+def _sigma_to_t(sigmas, log_sigmas, dtype=np.int64):
     "Timesteps of any noise levels (n,), interpolated in the logarithms of those of the training (T,)"
     log = np.log(np.maximum(sigmas, 1e-10))
-    i = (np.searchsorted(log_sigmas, log, side='right') - 1).clip(0, len(log_sigmas) - 2)
+    i = (np.searchsorted(log_sigmas[:-1], log, side='right') - 1).clip(0)
+    i[log >= log_sigmas[-1]] = len(log_sigmas) - 2  # also where the last one, of rescale_betas_zero_snr, does not rise
     w = ((log_sigmas[i] - log)/(log_sigmas[i] - log_sigmas[i + 1])).clip(0, 1)
-    return (1 - w)*i.astype(w.dtype) + w*(i + 1).astype(w.dtype)
+    return (1 - w)*i.astype(dtype) + w*(i + 1).astype(dtype)
 
 # %% ../nbs/10_schedulers.ipynb #0ed52bfb
 class SigmaScheduler(BetaScheduler):
@@ -549,6 +552,7 @@ def _leveled(self:SigmaScheduler, t, ends=None):
     sigmas = _respaced(self, *((sigmas[-1], sigmas[0]) if ends is None else ends), len(t))
     return _sigma_to_t(sigmas, self._logs).astype(np.float32 if self.scales else np.float64), sigmas
 
+# %% ../nbs/10_schedulers.ipynb #373ff107
 @patch
 def _slope(self:SigmaScheduler, output, x, look):
     "The predicted picture, and dx/dsigma"
@@ -642,7 +646,7 @@ class KDPM2DiscreteScheduler(KarrasScheduler):
         t, sigmas = self._leveled(t)
         logs = torch.from_numpy(sigmas.astype(np.float32)).log()
         middle = logs[1:].lerp(logs[:-1], .5).exp()
-        between = np.insert(_sigma_to_t(middle.numpy(), self._logs), 0, 0)       # each leads to the timestep after it
+        between = np.insert(_sigma_to_t(middle.numpy(), self._logs, np.float32), 0, 0)  # each before its timestep
         t = np.stack([between, t.round() if self.use_karras_sigmas else t], 1).flatten()[1:].astype(np.float32)
         self._plan_sigmas(t, np.append(sigmas.repeat(2)[1:], [0]*3), device, len(sigmas))
         self._middle = _looks(torch.cat([middle.repeat_interleave(2), torch.zeros(1)]))  # of each timestep's step

@@ -10,12 +10,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_digits import make_tiny
 
-from sdcourse import cli, digits, gradients, model
+from sdcourse import cli, digits, gradients, model, schedulers
 from sdcourse.cli import main
 
 
@@ -377,9 +378,29 @@ def test_wrong(terminal, monkeypatch, name):
 
 
 def test_wrong_scheduler(terminal, tiny):
-    code, out, err = terminal('digits', '--weights', tiny, '--scheduler', 'euler', '-o', 'a.png')
+    code, out, err = terminal('digits', '--weights', tiny, '--scheduler', 'rk45', '-o', 'a.png')
     assert code == 2 and not out and err.count('\n') == 1 and left() == []
-    assert "'euler'" in err and 'ddim' in err and 'ddpm' in err
+    assert "'rk45'" in err and 'ddim' in err and 'dpm++_sde' in err
+    code, out, err = terminal('digits', '--weights', tiny, '--scheduler', 'lcm', '--steps', 51, '-o', 'a.png')
+    assert code == 2 and not out and err.count('\n') == 1 and left() == [] and '51' in err and '50' in err
+
+
+def test_schedulers(terminal, tiny):
+    "Each draws, some with two calls of the model a step; --help names them all, and lesson 10 has no others for digits"
+    assert [*cli.STEPPING] == [name for name in schedulers.SCHEDULERS if name != 'flow']
+    helped = terminal('digits', '--help')[1]
+    for name in cli.STEPPING:
+        assert re.search(rf'[ ,]{re.escape(name)}[\s,]', helped), name
+        line = 'digits', '7', '--weights', tiny, '--n', 1, '--steps', 4, '--seed', 0, '--scheduler', name, '--gif', '-o'
+        code, _, err = terminal(*line, f'{name}.png')
+        calls = 7 if name in ('heun', 'dpm2') else 5 if name == 'pndm' else 4
+        assert code == 0 and f'{calls}/{calls}' in err, name
+        with Image.open(f'{name}.png') as picture, Image.open(f'{name}.gif') as film:
+            film.seek(film.n_frames - 1)
+            assert film.n_frames == calls, name
+            small = film.convert('L').resize((28, 28), Image.Resampling.NEAREST)
+            last = picture.convert('L').resize((28, 28), Image.Resampling.NEAREST)
+            assert abs(np.asarray(small, int) - np.asarray(last, int)).mean() < 8, name
 
 
 def test_weights_of_another_model(terminal):
