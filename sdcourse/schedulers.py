@@ -88,13 +88,12 @@ class Scheduler:
     def __init_subclass__(cls): dataclass(eq=False, repr=False)(cls)
     def __new__(cls, *options, **named):
         self = super().__new__(cls)
-        self._given = {f.name for f, _ in zip(fields(cls), options)} | {*named}
+        self._given, self._others = {f.name for f, _ in zip(fields(cls), options)} | {*named}, {}  # the latter: foreign
         return self
     def __post_init__(self):
         _check_whole('num_train_timesteps', self.num_train_timesteps, 2, 10**6)
         if self.use_karras_sigmas and self.use_exponential_sigmas:
             raise ValueError('use_karras_sigmas and use_exponential_sigmas are both True; allowed: one of them')
-        self._others = {}  # options of other schedulers
         self._prepare()
     def __len__(self): return self.num_train_timesteps
     def __repr__(self) -> str: return f'{type(self).__name__}({dict(self.config)})'
