@@ -88,8 +88,9 @@ class CLIPPreTrainedModel(Model):
     weights_name, model_type, part = 'model.safetensors', 'clip', ''  # part: what a `CLIPModel` calls it
     @property
     def config(self) -> Config:
-        "All the arguments of the constructor, and the class by which transformers is to load the model"
-        return Config({**super().config, 'model_type': self.model_type, 'architectures': [type(self).__name__]})
+        "All the arguments of the constructor, and the class and the type in which transformers is to load the model"
+        return Config({**super().config, 'model_type': self.model_type, 'architectures': [type(self).__name__],
+                       'dtype': str(self.dtype).removeprefix('torch.')})
 
 @patch(cls_method=True)
 def from_config(cls:CLIPPreTrainedModel,

@@ -328,6 +328,16 @@ def test_half(pipe, folder, tmp_path, dtype):
     assert half.to(dtype=torch.float32).unet.dtype == torch.float32
 
 
+def test_half_files_whole_arithmetic(pipe, tmp_path):
+    "Who says nothing of types gets float32 in all parts, in diffusers too, though the files are in half precision"
+    pipe.save_pretrained(tmp_path, dtype=torch.float16)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    assert {p.dtype for p in (theirs.unet, theirs.vae, theirs.text_encoder)} == {torch.float32}
+    ours = StableDiffusionPipeline.from_pretrained(tmp_path)
+    near(*(p(PROMPT, num_inference_steps=4, latents=noise(), output_type='np').images for p in (ours, theirs)))
+
+
 def test_to(pipe, device):
     assert pipe.to(device) is pipe and pipe.device.type == device
     assert len(pipe(PROMPT, num_inference_steps=2).images) == 1
