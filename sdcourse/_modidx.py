@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdcourse.cli.picture_path': ('cli.html#picture_path', 'sdcourse/cli.py'),
                               'sdcourse.cli.recording': ('cli.html#recording', 'sdcourse/cli.py'),
                               'sdcourse.cli.show_facts': ('cli.html#show_facts', 'sdcourse/cli.py'),
+                              'sdcourse.cli.solver': ('cli.html#solver', 'sdcourse/cli.py'),
                               'sdcourse.cli.train': ('cli.html#train', 'sdcourse/cli.py'),
                               'sdcourse.cli.train_classifier': ('cli.html#train_classifier', 'sdcourse/cli.py'),
                               'sdcourse.cli.train_digits': ('cli.html#train_digits', 'sdcourse/cli.py')},

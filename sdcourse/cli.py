@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path', 'check_device',
-           'given', 'recording', 'draw', 'by_gradient', 'by_denoising', 'train', 'train_classifier', 'train_digits',
-           'show_facts', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons', 'info',
-           'make_parser', 'main']
+           'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'train', 'train_classifier',
+           'train_digits', 'show_facts', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons',
+           'info', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -144,6 +144,15 @@ def draw(
     print(f'{" and ".join(map(str, outputs))}: {len(images)} digits in {time.perf_counter() - start:.1f} s '
           f'on {device}; --seed {seed} draws the same again')
 
+# %% ../nbs/99_cli.ipynb #5c0e71a9
+def solver(
+    name: str,  # a short name of lesson 10
+):  # a scheduler with the noise schedule and the predictions of the digits' model
+    "A scheduler of lesson 10 for digits. Heun's leaves out the noisiest timesteps: so large a step leads it astray"
+    from sdcourse.digits import SCHEDULER
+    from sdcourse.schedulers import make_scheduler
+    return make_scheduler(name, **SCHEDULER | (dict(timestep_spacing='leading') if name == 'heun' else {}))
+
 # %% ../nbs/99_cli.ipynb #903d21bb
 def by_gradient(
     args,  # steps, weights
@@ -163,8 +172,7 @@ def by_denoising(
     typed = partial(digits.sample, **given(args, 'num_inference_steps', 'guidance_scale', 'scheduler', 'weights'))
     steps = inspect.signature(typed).parameters['num_inference_steps'].default
     if args.scheduler and args.scheduler not in digits.SCHEDULERS:
-        from sdcourse.schedulers import make_scheduler
-        scheduler = typed.keywords['scheduler'] = make_scheduler(args.scheduler, **digits.SCHEDULER)
+        scheduler = typed.keywords['scheduler'] = solver(args.scheduler)
         scheduler.set_timesteps(steps)
         steps = len(scheduler.timesteps)  # some ask the model twice a step
     def paint(labels, seed, on_step, **where):

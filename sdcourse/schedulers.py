@@ -97,11 +97,13 @@ class Scheduler:
         self._prepare()
     def __len__(self): return self.num_train_timesteps
     def __repr__(self) -> str: return f'{type(self).__name__}({dict(self.config)})'
-    @property
-    def config(self) -> Config:
-        "All options, those of other schedulers that came with `from_config`, and which were not given explicitly"
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Config({**self._others, **own, '_use_default_values': [name for name in own if name not in self._given]})
+
+# %% ../nbs/10_schedulers.ipynb #2899e830
+@patch(as_prop=True)
+def config(self:Scheduler) -> Config:
+    "All options, those of other schedulers that came with `from_config`, and which were not given explicitly"
+    own = {f.name: getattr(self, f.name) for f in fields(self)}
+    return Config({**self._others, **own, '_use_default_values': [name for name in own if name not in self._given]})
 
 # %% ../nbs/10_schedulers.ipynb #e2ecfccf
 @patch

@@ -385,6 +385,16 @@ def test_wrong_scheduler(terminal, tiny):
     assert code == 2 and not out and err.count('\n') == 1 and left() == [] and '51' in err and '50' in err
 
 
+@pytest.mark.parametrize('name', [n for n in cli.STEPPING if n not in ('ddim', 'ddpm', 'lcm')])
+def test_schedulers_draw_what_was_asked_for(name):
+    "With the shipped weights; (LCM is for models that were distilled for it)"
+    labels, n = torch.arange(10), 12 if name in ('heun', 'dpm2') else 20
+    made, where = torch.Generator().manual_seed(0), dict(scheduler=cli.solver(name), device='cpu')
+    drawn = digits.sample(labels, n, generator=made, **where)
+    classifier = gradients.DigitClassifier.from_pretrained('classifier')
+    assert gradients.accuracy(classifier, drawn, labels) >= .9
+
+
 def test_schedulers(terminal, tiny):
     "Each draws, some with two calls of the model a step; --help names them all, and lesson 10 has no others for digits"
     assert [*cli.STEPPING] == [name for name in schedulers.SCHEDULERS if name != 'flow']
