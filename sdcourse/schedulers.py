@@ -567,7 +567,7 @@ def _slope(self:SigmaScheduler, output, x, look):
 class KarrasScheduler(SigmaScheduler):
     "Solvers whose noise levels can be spaced by themselves, not through timesteps."
     use_karras_sigmas:bool|None=False # noise levels as `karras` spaces them
-    use_exponential_sigmas:bool|None=False # noise levels as `exponential` spaces them
+    use_exponential_sigmas:bool|None=False # noise levels in equal ratios
     fixed = dict(use_beta_sigmas=False)
 
 # %% ../nbs/10_schedulers.ipynb #245c0243
@@ -768,7 +768,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     "Euler's method for models of straight lines from picture to noise (Lipman et al., 2023; Esser et al., 2024)."
     shift:float=1. # more steps where there is much noise, if above 1; above 0
     use_karras_sigmas:bool=False # noise levels as `karras` spaces them
-    use_exponential_sigmas:bool=False # noise levels as `exponential` spaces them
+    use_exponential_sigmas:bool=False # noise levels in equal ratios
     only_floats, takes, fixed = True, ('sigmas',), dict(use_dynamic_shifting=False, base_shift=.5, max_shift=1.15,
         base_image_seq_len=256, max_image_seq_len=4096, invert_sigmas=False, shift_terminal=None, use_beta_sigmas=False,
         time_shift_type='exponential', stochastic_sampling=False)
