@@ -479,8 +479,7 @@ def slerp(
     share:float, # 0: a, 1: b
 ) -> Tensor: # noise that is as long as noise is, (n,c,h,w)
     "On the sphere where noise lies (Shoemake, 1985): its length goes from a's to b's; a straight way's is too short."
-    rows = a.flatten(1), b.flatten(1)
-    angle = F.cosine_similarity(*rows, dim=1).clamp(-.9999, .9999).acos().view(-1, *[1]*(a.ndim - 1))
+    angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-.9999, .9999).acos().view(-1, *[1]*(a.ndim - 1))
     return (((1 - share)*angle).sin()*a + (share*angle).sin()*b)/angle.sin()
 
 # %% ../nbs/11_pipeline.ipynb #f7994eee
