@@ -181,6 +181,9 @@ class Step:
     @cached_property
     def _parts(self):
         seen, output, scheduler = self._answer
+        if not hasattr(scheduler, 'alphas_cumprod'):  # flow matching: seen = (1 - s)·x0 + s·eps, output = eps - x0
+            s = float(self.t)/scheduler.config.num_train_timesteps
+            return seen.float() - s*output.float(), seen.float() + (1 - s)*output.float()
         abar = seen.new_tensor([_signal(scheduler.alphas_cumprod, float(self.t))], dtype=torch.float32)
         return split_output(output.float(), seen.float(), 0, abar, scheduler.config.prediction_type)
     x0 = property(lambda self: self._parts[0], doc='The clean latents as predicted at this step, (n,4,h,w).')
@@ -253,8 +256,8 @@ def _check_masks(masks, images):
         masks = to_pictures([mask.convert('L') for mask in masks])[:, :1]/2 + .5
     masks = masks.float().reshape(-1, 1, *masks.shape[-2:])
     if masks.shape[2:] != images.shape[2:] or len(masks) not in (1, len(images)):
-        raise ValueError(f'mask_image must be as large as image, {len(images)} × {tuple(images.shape[2:])} or 1 ×, '
-                         f'got {len(masks)} × {tuple(masks.shape[2:])}')
+        raise ValueError(f'mask_image must be as large as image, {tuple(images.shape[2:])}, and one, or one for each '
+                         f'of {len(images)}; got {len(masks)} of {tuple(masks.shape[2:])}')
     if not 0 <= (low := masks.min()) <= (high := masks.max()) <= 1:
         raise ValueError(f'mask_image must lie in [0, 1], got {low:.3g} to {high:.3g}')
     return (masks >= .5).float()
@@ -312,7 +315,8 @@ def _from_image(self:StableDiffusionPipeline, n, image, mask, strength, generato
     if nine:
         kept = _repeat(self.encode(image*(mask < .5), generator), n, 'image').to(like)   # grey where the mask is
         return dict(xt=xt, extra=torch.cat([small, kept], dim=1))
-    _fresh_noise(noise[:None if isinstance(generator, (list, tuple)) else len(image)], generator)  # they draw here too
+    # the reference draws noise here too, so the next random numbers agree
+    _fresh_noise(noise[:None if isinstance(generator, (list, tuple)) else len(image)], generator)
     return dict(xt=xt, known=known, noise=noise, mask=small)
 
 # %% ../nbs/11_pipeline.ipynb #b7079c0b
@@ -400,7 +404,7 @@ def denoise(self:StableDiffusionPipeline,
     image=None, mask_image=None, # to begin with: PIL or (n,3,h,w) in [-1,1]; of the same size, white: to be repainted
     strength:float|None=None, # how far image goes back to noise, above 0 to 1; None: 0.8, with a mask 1
     num_inference_steps:int=50, timesteps:Sequence[int]|None=None, # how many steps; or which timesteps, falling
-    guidance_scale:float=7.5, guidance_rescale:float=0., # 0: no prompt, 1: as learned, above: more; 0 to 1
+    guidance_scale:float=7.5, guidance_rescale:float=0., # 0: only what neg says, 1: as learned, above: more; 0 to 1
     eta:float=0., num_images_per_prompt:int=1, # fresh noise in DDIM's steps, 0 to 1; pictures of each prompt
     generator:torch.Generator|Sequence[torch.Generator]|None=None, # of all noise; or one for each picture
     latents:Tensor|None=None, # noise to begin with, (n,4,h/8,w/8)
@@ -473,10 +477,9 @@ def __call__(self:StableDiffusionPipeline,
 def slerp(
     a:Tensor, b:Tensor, # noise, (n,c,h,w)
     share:float, # 0: a, 1: b
-) -> Tensor: # noise of the same length, (n,c,h,w)
-    "From one noise to another on the sphere where noise lies (Shoemake, 1985): the straight way leads through grey."
-    rows = a.flatten(1), b.flatten(1)
-    angle = F.cosine_similarity(*rows, dim=1).clamp(-.9999, .9999).acos().view(-1, *[1]*(a.ndim - 1))
+) -> Tensor: # noise that is as long as noise is, (n,c,h,w)
+    "On the sphere where noise lies (Shoemake, 1985): its length goes from a's to b's; a straight way's is too short."
+    angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-.9999, .9999).acos().view(-1, *[1]*(a.ndim - 1))
     return (((1 - share)*angle).sin()*a + (share*angle).sin()*b)/angle.sin()
 
 # %% ../nbs/11_pipeline.ipynb #f7994eee
@@ -503,7 +506,7 @@ def _load_part(name, kind, place, device, dtype):
 # %% ../nbs/11_pipeline.ipynb #96a29afd
 @patch(cls_method=True)
 def from_pretrained(cls:StableDiffusionPipeline,
-    name_or_path:str|Path, # 'scenes', a folder in diffusers' layout, or 'owner/name' on the hub
+    name_or_path:str|Path, # a folder in diffusers' layout, or 'owner/name' on the hub
     device:torch.device|str|None=None, # where the parts shall be; None: torch's default
     dtype:torch.dtype|None=torch.float32, # of the weights; None: as in the files
     **parts, # to be used instead of those in the folder; safety_checker=None: none

@@ -633,6 +633,20 @@ def test_steps(pipe, name, kind):
     assert torch.equal(steps[-1].xt, seen[-1][1].prev_sample)
 
 
+@pytest.mark.parametrize('more', [dict(), dict(shift=3.), dict(num_train_timesteps=500)])
+def test_steps_of_flow_matching(pipe, more):
+    "x0 and eps lie on a straight line through what the U-Net saw, and the last step ends at x0"
+    pipe.scheduler = schedulers.FlowMatchEulerDiscreteScheduler(**more)
+    for words in (dict(), dict(image=picture(), strength=.7)):
+        steps = list(pipe.denoise(PROMPT, num_inference_steps=6, generator=generator(), guidance_scale=3., **words))
+        for step, sigma in zip(steps[::-1], pipe.scheduler.sigmas[:-1].tolist()[::-1]):
+            seen, output, _ = step._answer
+            near((1 - sigma)*step.x0 + sigma*step.eps, seen, 1e-5)
+            near(step.eps - step.x0, output, 1e-5)
+        near(steps[-1].x0, steps[-1].xt, 1e-5)
+        if not words: near(steps[0].eps, steps[0]._answer[0], 1e-6)  # all noise
+
+
 def test_who_consumes_may_change(pipe):
     first = next(pipe.denoise(PROMPT, num_inference_steps=3, latents=noise()))
     assert isinstance(first, Step)
@@ -684,6 +698,15 @@ def test_guidance_scales(pipe):
     near(x[0], next(pipe.denoise('', num_inference_steps=2, latents=noise(), guidance_scale=1)).eps, 1e-6)
     near(x[.5], (x[0] + x[1])/2, 1e-5)
     near(x[3], x[0] + 3*(x[1] - x[0]), 1e-5)
+
+
+def test_guidance_scales_and_negative_prompts(pipe):
+    "At 0 the negative prompt is all that is left, at 1 it has no effect"
+    def eps(prompt, scale, negative=None):
+        return next(pipe.denoise(prompt, negative, num_inference_steps=2, latents=noise(), guidance_scale=scale)).eps
+    near(eps(PROMPT, 0, NEGATIVE), eps(NEGATIVE, 1), 1e-6)
+    near(eps(PROMPT, 1, NEGATIVE), eps(PROMPT, 1), 0)
+    assert (eps(PROMPT, 0, NEGATIVE) - eps(PROMPT, 0)).abs().max() > 1e-4
 
 
 def test_rescale_guidance():
@@ -762,8 +785,8 @@ WRONG = {
     'no pictures given': (dict(image=[]), 'at least one picture'),
     'pictures of two sizes': (dict(image=[picture(), picture(size=(40, 32))]), 'one size'),
     'pictures and prompts': (dict(image=[picture()]*2, prompt=['a']*3), '3 pictures are to be drawn; image has 2'),
-    'small mask': (dict(image=picture(), mask_image=mask((16, 32))), r'1 × \(32, 32\) or 1 ×, got 1 × \(32, 16\)'),
-    'many masks': (dict(image=picture(), mask_image=[mask()]*2), 'got 2 ×'),
+    'small mask': (dict(image=picture(), mask_image=mask((16, 32))), r'as image, \(32, 32\), .*; got 1 of \(32, 16\)'),
+    'many masks': (dict(image=picture(), mask_image=[mask()]*2), r'one, or one for each of 1; got 2 of \(32, 32\)'),
     'mask of a mode': (dict(image=picture(), mask_image=mask().convert('RGBA')), "'L' or 'RGB', or a tensor, got RGBA"),
     'mask of a kind': (dict(image=picture(), mask_image=np.zeros((32, 32))), 'got ndarray'),
     'mask beyond': (dict(image=picture(), mask_image=torch.ones(32, 32)*255), r'mask_image must lie in \[0, 1\]'),
