@@ -865,3 +865,35 @@ def test_benchmark(root, tmp_path):
     assert all(name in done.stdout for part in ('speed', 'goals') for name in found[part])
     done = subprocess.run([*command[:2], '--repeats', '0'], capture_output=True, text=True)
     assert done.returncode == 2 and '--repeats must be' in done.stderr and not done.stdout
+
+
+# the whole size
+
+WHOLE = {  # version -> what its U-Net and text encoder have, and how its scheduler steps
+    '1.5': dict(unet=dict(cross_attention_dim=768), kind='epsilon', scheduler='pndm',
+                text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),
+    '2.1': dict(unet=dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
+                          upcast_attention=True), kind='v_prediction', scheduler='ddim',
+                text=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+                          hidden_act='gelu'))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('version', WHOLE)
+def test_stable_diffusion_in_full(version, tmp_path):
+    "The published sizes with random weights: gigabytes that diffusers writes, three steps at 256×256 in both pipelines"
+    made = WHOLE[version]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+            down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, scaling_factor=.18215)
+        text = transformers.CLIPTextConfig(**TEXT | made['text'] | dict(vocab_size=49408, max_position_embeddings=77))
+        whole = dict(vae=vae, unet=diffusers.UNet2DConditionModel(sample_size=64, **made['unet']),
+                     text_encoder=transformers.CLIPTextModel(text),
+                     scheduler=SCHEDULERS[made['scheduler']](prediction_type=made['kind']))
+    theirs = host(**whole)
+    words = dict(num_inference_steps=3, height=256, width=256, latents=noise(side=32), output_type='np')
+    expected = theirs(PROMPT, **words).images
+    theirs.save_pretrained(tmp_path)
+    del theirs, whole, vae
+    near(StableDiffusionPipeline.from_pretrained(tmp_path)(PROMPT, **words).images, expected, 1e-3)
