@@ -435,6 +435,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdcourse.schedulers.MultistepScheduler._schedule': ( 'schedulers.html#multistepscheduler._schedule',
                                                                                            'sdcourse/schedulers.py'),
                                      'sdcourse.schedulers.PNDMScheduler': ('schedulers.html#pndmscheduler', 'sdcourse/schedulers.py'),
+                                     'sdcourse.schedulers.PNDMScheduler._factors': ( 'schedulers.html#pndmscheduler._factors',
+                                                                                     'sdcourse/schedulers.py'),
                                      'sdcourse.schedulers.PNDMScheduler._move': ( 'schedulers.html#pndmscheduler._move',
                                                                                   'sdcourse/schedulers.py'),
                                      'sdcourse.schedulers.PNDMScheduler._runge_kutta': ( 'schedulers.html#pndmscheduler._runge_kutta',

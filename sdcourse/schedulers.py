@@ -39,7 +39,7 @@ def _fresh_noise(like, generator=None):
         raise ValueError(f'{len(several)} generators are given; allowed: one, or one for each of {len(like)} pictures')
     shape = like.shape if len(several) == 1 else (1, *like.shape[1:])
     parts = [torch.randn(shape, generator=g, device=g.device if g else like.device, dtype=like.dtype) for g in several]
-    return torch.cat(parts).to(like.device, non_blocking=like.device.type == 'cuda')
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(like.device, non_blocking=like.device.type == 'cuda')
 
 # %% ../nbs/10_schedulers.ipynb #61dbb100
 def _to_x0(output, xt, alpha, sigma, prediction_type):
@@ -52,7 +52,7 @@ def _to_eps(output, xt, alpha, sigma, prediction_type):
     if prediction_type == 'v_prediction': return alpha*output + sigma*xt
     return output if prediction_type == 'epsilon' else (xt - alpha*output)/sigma
 
-def _rows(columns): return list(zip(*(column.tolist() for column in columns)))  # one for each step
+def _rows(columns): return list(zip(*(column.unbind() for column in columns)))  # a tuple of numbers for each step
 
 def _threshold(x0, ratio, most):
     "Dynamic thresholding (Saharia et al., 2022): each picture is divided by the size that `ratio` of its numbers keep"
@@ -180,7 +180,7 @@ def step(self:Scheduler,
     timestep:float|Tensor, # t, one of the planned ones; solvers with a memory want them in their order
     sample:Tensor, # what the model was asked about, before `scale_model_input`, (b,...)
     generator:torch.Generator|Sequence[torch.Generator]|None=None, # source of fresh noise, where a solver adds some
-    return_dict:bool=True, # False: a plain tuple
+    return_dict:bool=True, # a named tuple is returned in any case; False: without `None` at its end
 ) -> SchedulerOutput: # pictures to look at next, and the predicted clean ones where the solver knows them
     "Take a step. Raises `ValueError` for a timestep that is not planned."
     return self._take(return_dict, timestep, model_output, sample, generator)
@@ -190,7 +190,7 @@ def _take(self:Scheduler, return_dict, timestep, *args):
     i = self._enter(timestep)
     self.step_index = i + 1
     done = SchedulerOutput(*self._step(i, *args))
-    return done if return_dict else tuple(x for x in done if x is not None)
+    return done if return_dict or done[1] is not None else done[:1]
 
 # %% ../nbs/10_schedulers.ipynb #a81a71ba
 @patch
@@ -360,15 +360,14 @@ class DDIMScheduler(DiscreteScheduler):
     def _schedule(self, t, device):
         final = 1. if self.set_alpha_to_one else self.alphas_cumprod[0]
         at, as_ = self._plan_whole(t, t.round() - len(self)//len(t), device, final)
-        self._noise = torch.stack([1 - as_, ((1 - as_)/(1 - at)*(1 - at/as_))**.5], 1).numpy()  # variance, and std
+        self._noise = _rows([1 - as_, ((1 - as_)/(1 - at)*(1 - at/as_))**.5])  # variance, and std of what is fresh
     def _step(self, i, output, x, generator, eta, again):
         (*here, alpha, sigma), (variance, std) = self._roots[i], self._noise[i]
         x0 = self._held(output, x, *here)
         eps = _to_eps(x0 if again else output, x, *here, 'sample' if again else self.prediction_type)
         if not eta: return alpha*x0 + sigma*eps, x0
-        std = np.float32(eta)*std
-        kept = torch.tensor(max(variance - std**2, 0), dtype=torch.float32).sqrt().item()
-        return alpha*x0 + kept*eps + float(std)*_fresh_noise(output, generator), x0
+        kept, std = (variance - (eta*std)**2).clamp(min=0)**.5, eta*std
+        return alpha*x0 + kept*eps + std*_fresh_noise(output, generator), x0
 
 # %% ../nbs/10_schedulers.ipynb #0afb8eb1
 @patch
@@ -379,7 +378,7 @@ def step(self:DDIMScheduler,
     eta:float=0., # fresh noise: 0 none, 1 as much as DDPM, 0 to 1
     use_clipped_model_output:bool=False, # whether the noise is computed anew from the held picture, so that both fit
     generator:torch.Generator|Sequence[torch.Generator]|None=None, # source of the fresh noise
-    return_dict:bool=True, # False: a plain tuple
+    return_dict:bool=True, # a named tuple is returned in any case; False: without `None` at its end
 ) -> SchedulerOutput: # pictures at the next timestep, and the predicted clean ones
     "Take a step. Raises `ValueError` for a timestep that is not planned."
     if not 0 <= eta <= 1: raise ValueError(f'eta is {eta!r}; allowed: 0 to 1')
@@ -413,8 +412,8 @@ class LCMScheduler(DiscreteScheduler):
     set_alpha_to_one:bool=True # a note for other schedulers: no step of this one leads below timestep 0
     timestep_scaling:float=10. # how fast c_skip vanishes with t
     def _step(self, i, output, x, generator):
-        (*here, alpha, sigma), kt = self._roots[i], self._times[i]*self.timestep_scaling
-        denoised = kt/(kt**2 + .25)**.5*self._held(output, x, *here) + .25/(kt**2 + .25)*x
+        (*here, alpha, sigma), (c_out, c_skip) = self._roots[i], self._shares[i]
+        denoised = c_out*self._held(output, x, *here) + c_skip*x
         if i == self.num_inference_steps - 1: return denoised, denoised
         return alpha*denoised + sigma*_fresh_noise(denoised, generator), denoised
 
@@ -438,6 +437,8 @@ def set_timesteps(self:LCMScheduler,
         t = t[np.linspace(0, len(t), num_inference_steps, endpoint=False).astype(np.int64)]
     else: t = _falling('timesteps', timesteps, len(self) - 1)[-max(int(len(timesteps)*strength), 1):]
     self._plan_whole(t, np.append(t[1:], t[-1]), device)
+    kt = torch.tensor(self._times)*self.timestep_scaling
+    self._shares = _rows([kt/(kt**2 + .25)**.5, .25/(kt**2 + .25)])
     self.num_inference_steps = num_inference_steps or len(timesteps)  # after so many steps no fresh noise is added
 
 # %% ../nbs/10_schedulers.ipynb #5a9ec2ff
@@ -449,11 +450,12 @@ class PNDMScheduler(BetaScheduler):
     set_alpha_to_one:bool=False # whether the last step leads to alphas_cumprod 1; False: to that of timestep 0
     timestep_spacing:str='leading' # which timesteps are visited
     counted, predictions = False, ('epsilon', 'v_prediction')
+    def _factors(self, at, as_):
+        return at**.5, (1 - at)**.5, (as_/at)**.5, as_ - at, at*(1 - as_)**.5 + (at*(1 - at)*as_)**.5
     def _schedule(self, t, device):
         t, self._stride, self.ets, self.counter = t.round(), len(self)//len(t), [], 0
         final = torch.ones(1) if self.set_alpha_to_one else self.alphas_cumprod[:1]
-        abar = torch.cat([self.alphas_cumprod, final])                           # the last one stands for all below 0
-        self._curve = torch.stack([abar, abar**.5, (1 - abar)**.5], 1).numpy()
+        self._curve = torch.cat([self.alphas_cumprod, final])                    # the last one stands for all below 0
         if self.skip_prk_steps: self._prk, t = [], np.concatenate([t[:2], t[1:]])     # the second one twice
         else:
             _check_whole('num_inference_steps without skip_prk_steps', len(t), 4, len(self))
@@ -461,15 +463,16 @@ class PNDMScheduler(BetaScheduler):
             self._prk = ends.repeat(2)[1:-1].astype(np.int64).tolist()
             t = np.concatenate([self._prk, t[3:]])
         self._plan_whole(t, t, device)
+        before = (torch.tensor(self._times) - self._stride).clamp(min=-1)
+        self._usual = dict(zip(self._times, _rows(self._factors(self._curve[self._times], self._curve[before]))))
 
 # %% ../nbs/10_schedulers.ipynb #caedf99f
 @patch
 def _move(self:PNDMScheduler, x, output, t, s):
     "Equation 9 of Liu et al.: from timestep t to s"
-    (at, *roots), (as_, _, sigma) = self._curve[t], self._curve[max(s, -1)]  # float32, as the factors can be huge
-    of_x, root = torch.tensor([as_/at, at*(1 - at)*as_], dtype=torch.float32).sqrt().numpy()
-    eps = _to_eps(output, x, *map(float, roots), self.prediction_type)
-    return float(of_x)*x - float(as_ - at)*eps/float(at*sigma + root),
+    row = self._usual.get(t) if s == t - self._stride else None
+    *roots, of_x, of_eps, divisor = row or self._factors(self._curve[t], self._curve[max(s, -1)])
+    return of_x*x - of_eps*_to_eps(output, x, *roots, self.prediction_type)/divisor,
 
 @patch
 def _runge_kutta(self:PNDMScheduler, stage, t, x, output):
@@ -529,9 +532,9 @@ class SigmaScheduler(BetaScheduler):
         t, sigmas = self._leveled(t)
         self._plan_sigmas(t, np.append(sigmas, self._last), device, len(t))
 
-# %% ../nbs/10_schedulers.ipynb #572a1532
+# %% ../nbs/10_schedulers.ipynb #7ec024e2
 def _looks(sigmas):
-    "For each noise level sigma, the root of sigma² + 1, that, and what v is multiplied with"
+    "For each noise level: sigma, the root of sigma² + 1, that, and what v is multiplied with"
     square = sigmas**2 + 1
     return _rows([sigmas, square**.5, square, -sigmas/square**.5])
 
@@ -540,9 +543,8 @@ def _plan_sigmas(self:SigmaScheduler, timesteps, sigmas, device=None, steps=None
     "Plan timesteps and their noise levels, which stay on the CPU: a step only needs the numbers"
     self._plan(timesteps, device, steps)
     self.sigmas = torch.from_numpy(np.ascontiguousarray(sigmas, dtype=np.float32))
-    self._sigmas, self._looks, top = self.sigmas.tolist(), _looks(self.sigmas), self.sigmas.max()
-    self.init_noise_sigma = float((top**2 + 1)**.5 if self.timestep_spacing == 'leading' else top)
-    self._history = []
+    self._strides, self._looks, self._history = self.sigmas.diff().unbind(), _looks(self.sigmas), []
+    self.init_noise_sigma = float(self._looks[self.sigmas.argmax()][self.timestep_spacing == 'leading'])
 
 @patch
 def _leveled(self:SigmaScheduler, t, ends=None):
@@ -581,9 +583,8 @@ class EulerDiscreteScheduler(KarrasScheduler):
         t = _sigma_to_t(sigmas[:-1], self._logs).astype(np.float32)
         self._plan_sigmas(t, sigmas, device, len(t))
     def _step(self, i, output, x, generator):
-        x, sigma, goal = x.float(), *self._sigmas[i:i + 2]
-        x0, slope = self._slope(output, x, self._looks[i])
-        return (x + slope*(goal - sigma)).to(output.dtype), x0
+        x0, slope = self._slope(output, x := x.float(), self._looks[i])
+        return (x + slope*self._strides[i]).to(output.dtype), x0
 
 # %% ../nbs/10_schedulers.ipynb #5d4ffdfc
 class EulerAncestralDiscreteScheduler(SigmaScheduler):
@@ -613,7 +614,7 @@ class LMSDiscreteScheduler(KarrasScheduler):
     def _step(self, i, output, x, generator):
         x0, slope = self._slope(output, x, self._looks[i])
         self._history = [slope, *self._history[:3]]
-        return x + _combine(_lms_weights(self._sigmas, i, min(i + 1, 4)), self._history), x0
+        return x + _combine(_lms_weights(self.sigmas.tolist(), i, min(i + 1, 4)), self._history), x0
 
 # %% ../nbs/10_schedulers.ipynb #233ae53f
 class HeunDiscreteScheduler(KarrasScheduler):
@@ -630,12 +631,12 @@ class HeunDiscreteScheduler(KarrasScheduler):
         x0, slope = self._slope(output, x, self._looks[i])
         if self.clip_sample:
             x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
-            slope = (x - x0)/self._sigmas[i]
+            slope = (x - x0)/self._looks[i][0]
         if self._kept is None:                                           # ahead, and keep what the step will need
-            self._kept = x, slope, (dt := self._sigmas[i + 1] - self._sigmas[i])
-            return x + slope*dt, x0
-        (x, before, dt), self._kept = self._kept, None
-        return x + (before + slope)/2*dt, x0
+            self._kept = x, slope
+            return x + slope*self._strides[i], x0
+        (x, before), self._kept = self._kept, None
+        return x + (before + slope)/2*self._strides[i - 1], x0
 
 # %% ../nbs/10_schedulers.ipynb #b7dde2cb
 class KDPM2DiscreteScheduler(KarrasScheduler):
@@ -650,15 +651,14 @@ class KDPM2DiscreteScheduler(KarrasScheduler):
         between = np.insert(_sigma_to_t(middle.numpy(), self._logs, np.float32), 0, 0)  # each before its timestep
         t = np.stack([between, t.round() if self.use_karras_sigmas else t], 1).flatten()[1:].astype(np.float32)
         self._plan_sigmas(t, np.append(sigmas.repeat(2)[1:], [0]*3), device, len(sigmas))
-        self._middle = _looks(torch.cat([middle.repeat_interleave(2), torch.zeros(1)]))  # of each timestep's step
+        middle = torch.cat([middle.repeat_interleave(2), torch.zeros(1)])                # of each timestep's step
+        self._middle, self._halves = _looks(middle), (middle - self.sigmas[:len(middle)]).unbind()
     def _seen(self, i): return self._looks[i] if self._kept is None else self._middle[i - 1]
     def _step(self, i, output, x, generator):
         x0, slope = self._slope(output, x, self._seen(i))
-        if self._kept is None:
-            self._kept, start = (x, self._sigmas[i]), self._sigmas[i]
-            return x + slope*(self._middle[i][0] - start), x0
-        (x, start), self._kept = self._kept, None
-        return x + slope*(self._sigmas[i] - start), x0
+        start, stride = (x, self._halves[i]) if self._kept is None else (self._kept, self._strides[i - 1])
+        self._kept = x if self._kept is None else None
+        return start + slope*stride, x0
 
 # %% ../nbs/10_schedulers.ipynb #fef26635
 class MultistepScheduler(KarrasScheduler):
@@ -775,14 +775,14 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     def _prepare(self):
         if not self.shift > 0: raise ValueError(f'shift is {self.shift!r}; allowed: above 0')
         self.sigmas = self._shifted(torch.arange(len(self), 0, -1, dtype=torch.float32)/len(self))
-        self._plan((self.sigmas*len(self)).numpy())
         self.sigma_max, self.sigma_min = self.sigmas[0].item(), self.sigmas[-1].item()
+        self._plan((self.sigmas*len(self)).numpy())
     def _shifted(self, sigmas): return self.shift*sigmas/(1 + (self.shift - 1)*sigmas)
     def _rates(self, sigma): return 1 - sigma, sigma
     def _spaced(self, n): return np.linspace(self.sigma_max*len(self), self.sigma_min*len(self), n)
     def _schedule(self, t, device): self._schedule_levels(t/len(self), device)
     def _step(self, i, output, x, generator):
-        return (x.float() + (self._sigmas[i + 1] - self._sigmas[i])*output).to(output.dtype),
+        return (x.float() + self._strides[i]*output).to(output.dtype),
     scale_noise = lambda self, sample, timestep, noise: self.add_noise(sample, noise, timestep)  # as pipelines call it
 
 # %% ../nbs/10_schedulers.ipynb #99fb25a2
@@ -794,7 +794,7 @@ def _schedule_levels(self:FlowMatchEulerDiscreteScheduler, sigmas, device):
     if self.use_karras_sigmas or self.use_exponential_sigmas:
         sigmas = _respaced(self, sigmas[-1], sigmas[0], len(sigmas))
     self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-    self._sigmas = self.sigmas.tolist()
+    self._strides = self.sigmas.diff().unbind()
     self._plan(self.sigmas[:-1].numpy()*np.float32(len(self)), device, len(sigmas))
 
 # %% ../nbs/10_schedulers.ipynb #541ff50f

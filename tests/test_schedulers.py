@@ -373,7 +373,7 @@ def test_results(name):
         assert torch.allclose(a.pred_original_sample, b.pred_original_sample, atol=1e-5)
     ours.set_timesteps(5)
     plain = ours.step(x, ours.timesteps[0], x, return_dict=False)
-    assert type(plain) is tuple and plain[0].shape == x.shape and all(y is not None for y in plain)
+    assert isinstance(plain, tuple) and plain[0].shape == x.shape and all(y is not None for y in plain)
 
 
 @pytest.mark.parametrize('name, options', [
