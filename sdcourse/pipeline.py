@@ -29,7 +29,7 @@ from .model import (Model, _as_json, _check_device, _check_dtype, _make_folder, 
                             find_pretrained)
 from .noise import split_output
 from .schedulers import _fresh_noise
-from .tokenizer import CLIPTokenizer
+from .tokenizer import CLIPTokenizer, spell_out
 from .unet import Remembered, UNet2DConditionModel
 from .vae import AutoencoderKL
 
@@ -80,14 +80,13 @@ def token_rows(
     prompt:str, # of any length
 ) -> tuple[Tensor, Tensor]: # ids (rows,length), and the weight of each, float (rows,length)
     "As many rows as a prompt needs, each with start, end and padding: where the reference cuts off, a new one begins."
-    ids, weights, room = [], [], tokenizer.model_max_length - 2
+    room, tokens = tokenizer.model_max_length - 2, []
     for text, weight in parse_weights(prompt):
-        new = tokenizer.encode(text)[1:-1]
-        ids, weights = ids + new, weights + [weight]*len(new)
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = [(ids[i:i + room], weights[i:i + room]) for i in range(0, max(len(ids), 1), room)]
-    return (torch.tensor([[start, *row, end] + [pad]*(room - len(row)) for row, _ in rows]),
-            torch.tensor([[1., *row, 1.] + [1.]*(room - len(row)) for _, row in rows]))
+        tokens += [(i, weight) for i in tokenizer.encode(spell_out(tokenizer, text))[1:-1]]
+    start, end, pad = ((i, 1.) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    rows = [tokens[i:i + room] for i in range(0, max(len(tokens), 1), room)]
+    rows = [[start, *row, end] + [pad]*(room - len(row)) for row in rows]
+    return tuple(torch.tensor([[pair[k] for pair in row] for row in rows]) for k in (0, 1))
 
 # %% ../nbs/11_pipeline.ipynb #1edb0afe
 def unknown_words(
@@ -96,6 +95,7 @@ def unknown_words(
 ) -> list[str]: # those that fall apart into letters or syllables
     "Words that were in none of the captions that a small vocabulary was learned from; a big one spells any word."
     if not hasattr(tokenizer, 'merges') or len(tokenizer) > 10_000: return []
+    prompt = re.sub('|'.join(map(re.escape, tokenizer.added_tokens_encoder)), ' ', prompt, flags=re.IGNORECASE)
     return [w for w in dict.fromkeys(re.findall(r'[^\W\d_]+', prompt.lower())) if len(tokenizer.tokenize(w)) > 1]
 
 def _warn_of_words(tokenizer, prompts):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from copy import deepcopy
 from functools import lru_cache
 
 import diffusers
@@ -502,6 +503,17 @@ def test_token_rows(pipe):
             assert torch.equal(ids, expected) and torch.equal(weights, torch.ones(1, 32))
     ids, weights = token_rows(pipe.tokenizer, 'a (red:2) 7')
     assert weights[0].tolist() == [1, 1, 2, 1, 1] + [1]*27 and torch.equal(ids, token_rows(theirs, 'a red 7')[0])
+
+
+def test_token_of_several_vectors(pipe):
+    "Spelled out, with a weight too, by either tokenizer"
+    ours, theirs = deepcopy(pipe.tokenizer), deepcopy(parts()['tokenizer'])
+    for tokenizer in (ours, theirs): tokenizer.add_tokens(['<x>', '<x>_1', '<x>_2'])
+    for tokenizer in (ours, theirs):
+        ids, weights = token_rows(tokenizer, 'a (<x>:2) 7')
+        assert ids[0, 2:5].tolist() == [653, 654, 655] and weights[0].tolist() == [1, 1, 2, 2, 2, 1] + [1]*26
+    assert not unknown_words(ours, 'a red <X>') and unknown_words(ours, 'a <x> x') == []
+    assert unknown_words(ours, 'a spiral <y>') == ['spiral']
 
 
 def test_long_prompts(pipe):

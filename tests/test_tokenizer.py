@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from sdcourse.tokenizer import END, START, CLIPTokenizer, learn_merges, learn_tokenizer
+from sdcourse.tokenizer import END, START, CLIPTokenizer, learn_merges, learn_tokenizer, spell_out
 
 CAPTIONS = ['a red seven', 'a bold red 7 left of a blue two', 'un sette rosso, a sinistra di un due blu', "it's a 3!",
             'un cane marrone è più carino', 'seven sevens and eleven elephants', 'the picture of a café 😀'] * 3
@@ -249,6 +249,18 @@ def test_own_tokens_are_saved(owners, name, tmp_path):
         assert (t.vocab, t.added, t.normalized) == (ours.vocab, ours.added, ours.normalized)
         assert t.add_tokens(['<cat-toy>', '<new>']) == 1 and t.vocab['<new>'] == 582
     assert Tokenizer.from_file(str(tmp_path/'a'/'tokenizer.json')).encode(odd).ids == theirs(odd).input_ids
+
+
+def test_spelled_out(learned):
+    "As diffusers' pipelines do it"
+    from diffusers.loaders import TextualInversionLoaderMixin
+    t = copy.deepcopy(learned)
+    t.add_tokens(['<x>', '<x>_1', '<x>_2', '<y>', '<z.>', '<z.>_1'])
+    expected = {'a <x> <y>': 'a <x> <x>_1 <x>_2 <y>', '<x><z.>, <x>': '<x> <x>_1 <x>_2<z.> <z.>_1, <x> <x>_1 <x>_2',
+                'a <x>_2': 'a <x>_2', '': '', 'red': 'red', '<z!>': '<z!>'}
+    for text, wanted in expected.items():
+        assert spell_out(t, text) == wanted == TextualInversionLoaderMixin()._maybe_convert_prompt(text, t)
+    assert spell_out(learned, 'a <x>') == 'a <x>'
 
 
 def test_old_file_of_added_tokens(learned, tmp_path):
