@@ -254,7 +254,7 @@ def _right(images, scenes, reader):
 # %% ../nbs/12_text_to_image.ipynb #b7d6a055
 def _related(images, scenes, reader):
     "Of scenes of two things: does no other relation fit the picture better than the one that was asked for? (n,) bool"
-    fits = [_right(images, [s._replace(relation=r) for s in scenes], reader)[:, :2].view(-1, 4).sum(1)
+    fits = [_right(images, [s._replace(relation=r) for s in scenes], reader)[:, :2].reshape(-1, 4).sum(1)
             for r in RELATIONS]                                           # digits and inks that are right: 0 to 4
     asked = torch.tensor([RELATIONS.index(s.relation) for s in scenes], device=images.device)
     return torch.stack(fits).gather(0, asked[None])[0] == torch.stack(fits).amax(0)
