@@ -84,7 +84,8 @@ benchmark: dev
 	@$(WITHIN) python benchmarks/digits.py --json benchmarks/digits.json
 	@$(WITHIN) python benchmarks/vae.py --json benchmarks/vae.json
 	@$(WITHIN) python benchmarks/schedulers.py --json benchmarks/schedulers.json
-	@$(WITHIN) python benchmarks/pipeline.py --random --json benchmarks/pipeline.json
+	@$(WITHIN) python benchmarks/pipeline.py --json benchmarks/pipeline.json
+	@$(WITHIN) python benchmarks/scenes.py --json benchmarks/scenes.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs
