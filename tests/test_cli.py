@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,16 @@ def test_generate_words(terminal, painter, asked):
     assert type(asked.pop('scheduler')) is schedulers.DPMSolverMultistepScheduler
     assert asked == dict(prompt=[PROMPT]*2, negative_prompt=NEGATIVE, num_inference_steps=3, guidance_scale=2.5,
                          strength=.9, dtype=torch.bfloat16)
+
+
+def test_make(root):
+    "What `make` runs in the end is a command, and `make clean` removes what it writes"
+    def planned(*words): return subprocess.check_output(['make', '-n', *words], cwd=root, text=True)
+    args = cli.make_parser().parse_args(shlex.split(planned('all').splitlines()[-1])[1:])
+    assert args.what == [PROMPT] and args.output == Path('scene.png') and args.command == 'generate'
+    args = cli.make_parser().parse_args(shlex.split(planned('all', 'PROMPT=un 3', 'OUTPUT=x.png').splitlines()[-1])[1:])
+    assert args.what == ['un 3'] and args.output == Path('x.png')
+    assert {'scene.png', 'scene.gif', 'digits.png'} <= {*planned('clean').split()}
 
 
 def test_sheet_of_seeds(terminal, painter):
