@@ -1,7 +1,9 @@
-# `make` draws a sheet of new digits out of pure noise, `make test` checks everything, `make help` lists the rest.
+# `make` draws what a prompt says, `make test` checks everything, `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-OUTPUT ?= digits.png
+# not ?=: some shells have a PROMPT of their own
+PROMPT = a bold red seven above a blue 3
+OUTPUT ?= scene.png
 
 PROJECT := settings.ini setup.py pyproject.toml constraints.txt
 BIN := $(VENV)/bin
@@ -22,10 +24,10 @@ unexport VIRTUAL_ENV
 .PHONY: all install dev test check browser notebooks site benchmark lessons execute constraints clean distclean help
 
 all: install
-	@$(BIN)/sdcourse digits -o $(OUTPUT)
+	@$(BIN)/sdcourse generate "$(PROMPT)" -o $(OUTPUT)
 
 help:
-	@echo 'make              install into $(VENV) and draw digits out of pure noise, $(OUTPUT)'
+	@echo 'make              install into $(VENV) and draw what PROMPT says, $(OUTPUT)'
 	@echo 'make test         every check: the quick ones, all notebooks, the site, pytest with a browser'
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
@@ -35,7 +37,8 @@ help:
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'
 	@echo 'make constraints  write the installed versions down in constraints.txt'
 	@echo 'make clean        remove what was built; make distclean removes $(VENV) as well'
-	@echo 'Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), WORKERS=$(WORKERS)'
+	@echo 'Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), WORKERS=$(WORKERS),'
+	@echo '           PROMPT="$(PROMPT)", OUTPUT=$(OUTPUT)'
 
 install: $(VENV)/installed
 dev: $(VENV)/installed-dev
@@ -84,7 +87,8 @@ benchmark: dev
 	@$(WITHIN) python benchmarks/digits.py --json benchmarks/digits.json
 	@$(WITHIN) python benchmarks/vae.py --json benchmarks/vae.json
 	@$(WITHIN) python benchmarks/schedulers.py --json benchmarks/schedulers.json
-	@$(WITHIN) python benchmarks/pipeline.py --random --json benchmarks/pipeline.json
+	@$(WITHIN) python benchmarks/pipeline.py --json benchmarks/pipeline.json
+	@$(WITHIN) python benchmarks/scenes.py --json benchmarks/scenes.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs
@@ -100,7 +104,7 @@ constraints:
 	@touch $(VENV)/installed $(VENV)/installed-dev
 
 clean:
-	@rm -rf _docs _proc build dist *.egg-info digits.png digits.gif .pytest_cache .ruff_cache .hypothesis
+	@rm -rf _docs _proc build dist *.egg-info scene.png scene.gif digits.png digits.gif .pytest_cache .ruff_cache .hypothesis
 	@find nbs sdcourse tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean

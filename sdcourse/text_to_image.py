@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['UNET', 'SCHEDULER', 'HELD_OUT', 'to_latents', 'to_images', 'held_out', 'prompt_dataloaders', 'Prompted',
-           'find_things', 'cut_things', 'train_reader', 'judge', 'draw_scenes', 'save_scenes', 'train_scenes']
+           'find_things', 'cut_things', 'train_reader', 'judge', 'draw_scenes', 'save_scenes', 'train_scenes',
+           'in_both_languages', 'measure_scenes']
 
 # %% ../nbs/12_text_to_image.ipynb #5dc6c15c
 import random
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .clip import CLIPTextModel, _Muon
-from .data import INKS, RELATIONS, STROKES, Scene, Scenes, Thing, new_scenes, scene_dataloaders
+from .data import INKS, RELATIONS, STROKES, Scene, Scenes, Thing, caption, new_scenes, scene_dataloaders
 from .gradients import DigitClassifier
+from .images import _whole
 from .metrics import cut_out
 from .model import PRETRAINED, _check_device, _make_folder, default_device, read_manifest, write_manifest
 from .noise import add_noise, make_alphas_cumprod, make_betas, make_target, sample_timesteps
@@ -131,13 +133,24 @@ def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype):
                         opt_func=partial(OptimWrapper, opt=partial(_Muon, matrices=matrices)))
 
 # %% ../nbs/12_text_to_image.ipynb #3d225fa1
-def _fit_scenes(learn, epochs, lr, output, settings, progress):
-    "Train, or go on; a row of losses for each epoch"
+def _begin(output, seed, bs=8, **counts):
+    "The folder, made now and not after the training; raises `ValueError` for numbers that make no training"
+    _whole(seed, 'seed', 0)
+    _whole(bs, 'bs', 8)                                                   # of fewer scenes, all may be held out
+    for name, value in counts.items(): _whole(value, name, 1)
+    _make_folder(output := Path(output))
+    return output
+
+def _fit_scenes(parts, output, epochs, n, bs, lr, drop, train_text, seed, device, dtype, progress):
+    "Train, or go on: the learner, the tokenizer, a row of losses for each epoch"
     from fastai.callback.training import GradientClip
 
     from sdcourse.training import fit
-    with sdpa_kernel(SDPBackend.MATH) if learn.dls.device.type == 'cpu' else nullcontext():  # a quarter faster there
-        return fit(learn, epochs, lr, .02, output, settings, progress, cbs=[GradientClip(1.)])
+    tokenizer = CLIPTokenizer.from_pretrained(parts/'clip')
+    learn = _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype)
+    settings = dict(n=n, bs=bs, train_text=train_text)
+    with sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():  # a quarter faster there
+        return learn, tokenizer, fit(learn, epochs, lr, .02, output, settings, progress, cbs=[GradientClip(1.)])
 
 # %% ../nbs/12_text_to_image.ipynb #19ce2926
 def _things_apart(ink, scenes):
@@ -192,43 +205,43 @@ def cut_things(
     weight = shape**2
     return shape*2 - 1, (patches*weight).sum((2, 3))/weight.sum((2, 3)).clamp(min=1e-3)
 
-# %% ../nbs/12_text_to_image.ipynb #4c908c7b
-def train_reader(
-    output:str|Path, # the folder for weights and manifest
-    vae:AutoencoderKL, # half of the scenes go through it
-    epochs:int=6, # at least 1
-    n:int=19_200, # new scenes in each epoch
-    seed:int=0, # of weights and scenes
-    progress:bool=True, # show fastai's bar and table
-) -> dict: # the manifest: seed, epochs, seconds, losses, sha256
-    "Train the judge of scenes: `DigitClassifier` with 12 outputs, ten digits, then thin and bold."
-    from sdcourse.training import Task, fit, make_learner
-    class Reading(Task):
-        def shuffle(self, generator): return new_scenes(generator)
+# %% ../nbs/12_text_to_image.ipynb #70b1a529
+def _cuttings(vae, n):
+    "Fastai `DataLoaders`: things cut out of scenes, half of which went through the VAE; digit, and stroke or -100"
     @torch.no_grad()
     def collate(images, scenes):
         half = len(images)//2
         images = torch.cat([vae(images[:half]).sample, images[half:]])
         wanted = [(t.digit, STROKES.index(t.stroke) if t.stroke else -100) for s in scenes for t in s.things]
         return cut_things(images, scenes)[0], torch.tensor(wanted)
+    return scene_dataloaders(64, n, seed=4, device='cpu', collate=collate)
+
+# %% ../nbs/12_text_to_image.ipynb #4c908c7b
+def train_reader(
+    output:str|Path, # the folder for weights and manifest
+    vae:AutoencoderKL, # half of the scenes go through it
+    epochs:int=6, # at least 1
+    n:int=19_200, # new scenes in each epoch, at least 64
+    seed:int=0, # of weights and scenes
+    progress:bool=True, # show fastai's bar and table
+) -> dict: # the manifest: seed, epochs, seconds, losses, sha256
+    "Train the judge of scenes: `DigitClassifier` with 12 outputs, ten digits, then thin and bold."
+    from sdcourse.training import Task, fit, make_learner
+    output = _begin(output, seed, epochs=epochs, n=n)
+    class Reading(Task):
+        def shuffle(self, generator): return new_scenes(generator)
     def loss(answer, wanted): return sum(map(F.cross_entropy, answer.split((10, 2), 1), wanted.unbind(1)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reader = DigitClassifier(num_classes=12)
-    learn = make_learner(scene_dataloaders(64, n, seed=4, device='cpu', collate=collate), reader, Reading(), loss)
+    learn = make_learner(_cuttings(vae, n), reader, Reading(), loss)
     losses = fit(learn, epochs, 3e-3, progress=progress)
     learn.ema.average.save_pretrained(output, dtype=torch.float16)
     return write_manifest(output, seed=seed, epochs=epochs, seconds=losses[-1]['seconds'], losses=losses)
 
 # %% ../nbs/12_text_to_image.ipynb #5bc8d240
-@torch.no_grad()
-def judge(
-    images:Tensor, # pictures in [-1,1], (n,3,64,64)
-    scenes:Sequence[Scene], # what was asked for, n of them
-    reader:DigitClassifier|None=None, # of `train_reader`; None: the shipped one
-) -> dict[str, Tensor]: # digit, color, stroke, all: is it as it was asked for? bool, (n,) each
-    "Read what was drawn. A scene is right if all its things are; a stroke that nobody asked for is right."
-    reader = reader or DigitClassifier.from_pretrained('scenes/reader', device=images.device)
+def _right(images, scenes, reader):
+    "Of each thing that was asked for: are digit, ink and stroke right? (m,3) bool"
     shapes, colors = cut_things(images, scenes)
     answers, inks = reader(shapes), torch.tensor(list(INKS.values()), device=colors.device)/255
     hue, hues = (c/c.amax(1, keepdim=True).clamp(min=1e-6) for c in (colors, inks))
@@ -236,10 +249,32 @@ def judge(
     wanted = torch.tensor([(t.digit, [*INKS].index(t.color), STROKES.index(t.stroke) if t.stroke else -1)
                            for t in things], device=images.device)
     read = torch.stack([answers[:, :10].argmax(1), torch.cdist(hue, hues).argmin(1), answers[:, 10:].argmax(1)], 1)
-    right = ((read == wanted) | (wanted < 0)) & there[:, None]            # (m,3)
-    lengths = torch.tensor([len(scene.things) for scene in scenes])
-    whole = torch.stack([part.all(0) for part in right.split(lengths.tolist())])  # (n,3)
-    return dict(zip(('digit', 'color', 'stroke'), whole.unbind(1)), all=whole.all(1))
+    return ((read == wanted) | (wanted < 0)) & there[:, None]
+
+# %% ../nbs/12_text_to_image.ipynb #b7d6a055
+def _related(images, scenes, reader):
+    "Of scenes of two things: does no other relation fit the picture better than the one that was asked for? (n,) bool"
+    fits = [_right(images, [s._replace(relation=r) for s in scenes], reader)[:, :2].reshape(-1, 4).sum(1)
+            for r in RELATIONS]                                           # digits and inks that are right: 0 to 4
+    asked = torch.tensor([RELATIONS.index(s.relation) for s in scenes], device=images.device)
+    return torch.stack(fits).gather(0, asked[None])[0] == torch.stack(fits).amax(0)
+
+# %% ../nbs/12_text_to_image.ipynb #c736ecfc
+@torch.no_grad()
+def judge(
+    images:Tensor, # pictures in [-1,1], (n,3,64,64)
+    scenes:Sequence[Scene], # what was asked for, n of them
+    reader:DigitClassifier|None=None, # of `train_reader`; None: the shipped one
+) -> dict[str, Tensor]: # digit, color, stroke, relation, all: is it as it was asked for? bool, (n,) each
+    "Read what was drawn. A scene is right if all its things are; what nobody asked for is right."
+    if len(images) != len(scenes): raise ValueError(f'{len(images)} pictures, but {len(scenes)} scenes')
+    reader = reader or DigitClassifier.from_pretrained('scenes/reader', device=images.device)
+    parts = _right(images, scenes, reader).split([len(scene.things) for scene in scenes])
+    whole = torch.stack([part.all(0) for part in parts])                  # (n,3)
+    relation = torch.ones(len(scenes), dtype=torch.bool, device=images.device)
+    if two := [i for i, scene in enumerate(scenes) if scene.relation]:
+        relation[two] = _related(images[two], [scenes[i] for i in two], reader)
+    return dict(zip(('digit', 'color', 'stroke'), whole.unbind(1)), relation=relation, all=whole.all(1))
 
 # %% ../nbs/12_text_to_image.ipynb #c6321b6d
 @torch.no_grad()
@@ -296,12 +331,43 @@ def train_scenes(
     "Train a latent diffusion model that prompts guide (Rombach et al., 2022). Saved in half precision."
     from sdcourse.training import CHECKPOINT
     device = torch.device(_check_device(device or default_device()))
-    _make_folder(output := Path(output))                                  # better now than after the training
-    tokenizer = CLIPTokenizer.from_pretrained(Path(parts)/'clip')
-    learn = _learner(Path(parts), tokenizer, bs, n, drop, train_text, seed, device, dtype)
-    losses = _fit_scenes(learn, epochs, lr, output, dict(n=n, bs=bs, train_text=train_text), progress)
+    output = _begin(output, seed, bs, epochs=epochs, n=n)
+    learn, tokenizer, losses = _fit_scenes(Path(parts), output, epochs, n, bs, lr, drop, train_text, seed, device,
+                                           dtype, progress)
+    facts = dict(batch=bs, lr=lr, drop=drop, train_text=train_text, device=device.type, dtype=str(dtype)[6:])
     manifest = save_scenes(learn.ema.average, learn.prompting.vae, tokenizer, output, seed=seed, epochs=epochs,
-        batch=bs, lr=lr, drop=drop, train_text=train_text, steps=epochs*len(learn.dls.train), device=device.type,
-        dtype=str(dtype).removeprefix('torch.'), seconds=losses[-1]['seconds'], losses=losses)
+        steps=epochs*len(learn.dls.train), **facts, seconds=losses[-1]['seconds'], losses=losses)
     (output/CHECKPOINT).unlink(missing_ok=True)
     return manifest
+
+# %% ../nbs/12_text_to_image.ipynb #ecb265b4
+def in_both_languages(
+    scenes:Sequence[Scene], # what is to be asked for
+    seed:int=0, # of the wording
+) -> tuple[list[Scene], list[Scene]]: # the same scenes with English and with Italian captions
+    "Each scene said twice, with words or figures and with or without articles by chance, the same in both."
+    chance = random.Random(seed)
+    coins = [[(chance.random() < .5, chance.random() < .5) for _ in range(2)] for _ in scenes]
+    return tuple([scene._replace(caption=caption(scene.things, scene.relation, language, words, articles))
+                  for scene, (words, articles) in zip(scenes, coins)] for language in ('en', 'it'))
+
+# %% ../nbs/12_text_to_image.ipynb #0a40f178
+def measure_scenes(
+    pipe:StableDiffusionPipeline, # that draws
+    n:int=1000, # test scenes; each is asked for in two languages
+    seed:int=12, # of scenes, wording, and noise
+    **words, # more arguments of `draw_scenes`: num_inference_steps, guidance_scale, bs
+) -> dict[str, dict[str, float]]: # of each kind of prompt: how many, and the shares that are right
+    "Ask for test scenes in English and Italian, from the same noise, and read what was drawn."
+    scenes = Scenes('test', n, seed).batch(range(n))[1]
+    both = sum(in_both_languages(scenes, seed), [])
+    images = torch.cat([draw_scenes(pipe, part, seed=seed, **words) for part in (both[:n], both[n:])])
+    right = judge(images, both)
+    right['digit and color'] = right['digit'] & right['color']
+    two, unseen = (torch.tensor([test(scene) for scene in both]) for test in (
+        lambda scene: scene.relation is not None, lambda scene: held_out(scene.things, scene.relation)))
+    english = torch.arange(2*n) < n
+    kinds = {'all': two | ~two, 'one digit': ~two, 'two digits': two, 'English': english, 'Italian': ~english,
+             'two digits, seen': two & ~unseen, 'two digits, never shown': unseen}
+    def shares(these): return {name: share[these].float().mean().item() for name, share in right.items()}
+    return {kind: dict(prompts=int(these.sum()), **shares(these)) for kind, these in kinds.items()}

@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 # in the new environment: connections fail, so that whatever asks for the network is seen
 NO_NETWORK = """
@@ -156,6 +157,15 @@ def test_synthesize(empty):
     out = run(empty, 'sdcourse', 'synthesize', '7', '-o', 'x.png', '--n', '1', '--steps', '2', '--seed', '0')
     assert 'x.png' in out
     with Image.open(empty/'work'/'x.png') as picture: assert min(picture.size) >= 28
+
+
+@pytest.mark.skipif(not (ROOT/'sdcourse'/'pretrained'/'scenes'/'model_index.json').is_file(),
+                    reason='the weights of lesson 12 are not in this checkout')
+def test_generate(empty):
+    from PIL import Image
+    out = run(empty, 'sdcourse', 'generate', 'a bold red seven above a blue 3', '-o', 'scene.png', '--steps', '2')
+    assert 'scene.png' in out
+    with Image.open(empty/'work'/'scene.png') as picture: assert picture.size == (256, 256)
 
 
 def test_lessons(root, empty):
