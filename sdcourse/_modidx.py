@@ -526,7 +526,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'sdcourse.text_to_image.Prompted.forward': ( 'text_to_image.html#prompted.forward',
                                                                                      'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._begin': ('text_to_image.html#_begin', 'sdcourse/text_to_image.py'),
-                                        'sdcourse.text_to_image._cuttings': ('text_to_image.html#_cuttings', 'sdcourse/text_to_image.py'),
+                                        'sdcourse.text_to_image._cut_outs': ('text_to_image.html#_cut_outs', 'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._fit_scenes': ( 'text_to_image.html#_fit_scenes',
                                                                                 'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._frames': ('text_to_image.html#_frames', 'sdcourse/text_to_image.py'),
