@@ -317,7 +317,7 @@ def save_scenes(
     output = Path(output)
     vae_facts = read_manifest(output/'vae') if (output/'vae'/'manifest.json').exists() else {}
     pipe = StableDiffusionPipeline(vae, model.text_encoder, tokenizer, model.unet, DDIMScheduler(**SCHEDULER))
-    pipe.save_pretrained(output, dtype=torch.float16)                     # removes the VAE's manifest, which still holds
+    pipe.save_pretrained(output, dtype=torch.float16)                    # removes the VAE's manifest, which still holds
     if vae_facts: write_manifest(output/'vae', **{k: v for k, v in vae_facts.items() if k != 'files'})
     write_manifest(output/'text_encoder', trained_with='the U-Net' if facts.get('train_text') else 'clip, lesson 09')
     stored = StableDiffusionPipeline.from_pretrained(output, device=vae.device)
