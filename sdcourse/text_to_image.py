@@ -104,7 +104,7 @@ def _prompting(vae, empty, drop, seed):
         def shuffle(self, generator): return new_scenes(generator)         # other scenes in each epoch
         def before_fit(self):
             super().before_fit()
-            self.vae, self.empty = vae.to(self.where), empty.to(self.where)
+            self.vae, self.empty = self.vae.to(self.where), empty.to(self.where)
         def before_batch(self):
             g, abar = self.generator, self.alphas_cumprod
             short = hasattr(self.learn, 'autocast')                       # in bfloat16 if the model is
@@ -117,7 +117,9 @@ def _prompting(vae, empty, drop, seed):
             self.learn.xb = add_noise(x0, eps, t, abar), t, torch.where(dropped, self.empty, self.y)
             self.learn.yb = make_target(x0, eps, t, abar, self.prediction_type),
     abar = DDIMScheduler(**SCHEDULER).alphas_cumprod
-    return Prompting(abar, SCHEDULER['prediction_type'], drop=drop, seed=seed)
+    task = Prompting(abar, SCHEDULER['prediction_type'], drop=drop, seed=seed)
+    task.vae = vae
+    return task
 
 # %% ../nbs/12_text_to_image.ipynb #19ce2926
 def _things_apart(light, scenes):
