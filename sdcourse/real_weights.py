@@ -309,7 +309,7 @@ class _Stage:
             self.part = part.to(self.device)
         return _to(args, self.device), _to(kwargs, self.device)
 
-# %% ../nbs/16_real_weights.ipynb #f6e1d5f7
+# %% ../nbs/16_real_weights.ipynb #881f766c
 @patch
 def enable_model_cpu_offload(self:StableDiffusionPipeline,
     device:torch.device|str|None=None, # where the parts work; None: the fastest that is here
@@ -328,5 +328,6 @@ def enable_model_cpu_offload(self:StableDiffusionPipeline,
 def disable_model_cpu_offload(self:StableDiffusionPipeline):
     "All parts on the CPU, and they stay there until `to` moves them."
     for part in vars(self.to('cpu')).values():
-        for hook in getattr(part, '_hooks', ()): hook.remove()
-        for name in {'_hooks', 'works_on'} & {*getattr(part, '__dict__', ())}: delattr(part, name)
+        if not hasattr(part, 'works_on'): continue
+        for hook in part._hooks: hook.remove()
+        del part.works_on, part._hooks

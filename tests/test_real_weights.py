@@ -139,8 +139,8 @@ def test_single_file(places, version):
         wanted, found = (getattr(p, name).config for p in (source, ours))
         odd = {k: (v, found.get(k)) for k, v in wanted.items() if k[0] != '_' and found.get(k) != v}
         assert odd.keys() <= {'sample_size', 'attention_head_dim'}, odd
-    assert [m.heads for m in ours.unet.modules() if isinstance(m, Attention)] == [
-        m.heads for m in source.unet.modules() if type(m).__name__ == 'Attention']
+    heads = [{name: m.heads for name, m in p.unet.named_modules() if hasattr(m, 'heads')} for p in (ours, source)]
+    assert heads[0] == heads[1] and len(heads[0]) == 32
     assert ours.unet.config.sample_size == (96 if version == '2' else 64) and ours.vae.config.scaling_factor == .18215
     assert type(ours.scheduler).__name__ == type(source.scheduler).__name__
     words = dict(WORDS, num_inference_steps=2)
@@ -433,7 +433,7 @@ from pathlib import Path
 
 folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
 files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-sent, broken = [], set()  # (name, bytes) of files that went out whole; names whose connection breaks off half-way
+sent, broken = [], set()  # (name, bytes) of files that went out whole; names whose connection breaks off
 
 class Hub(http.server.BaseHTTPRequestHandler):
     "As much of the hub's interface as two libraries use"
@@ -453,7 +453,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if not body: return
         if name in broken:
-            self.wfile.write(data[:len(data)//2])
+            self.wfile.write(data[:10_000])
             self.wfile.flush()
             return self.connection.shutdown(2)
         self.wfile.write(data)
@@ -504,7 +504,7 @@ def test_hub(places, tmp_path):
         assert {k for k in found[name] if k.endswith(('s', '.bin'))} == {f'{w}{ending}' for w in weights}
     assert sum(found['ours'].values()) <= sum(found['theirs'].values())
     assert sum(found['half'].values()) < .55*sum(found['ours'].values())
-    assert found['message'].startswith("cannot get 'somebody/tiny' from the hub: ")
+    assert found['message'].startswith("cannot get 'somebody/tiny' from the hub: peer closed connection")
     unet = 'unet/diffusion_pytorch_model.safetensors'
     assert unet in found['again'] and 'model_index.json' not in found['again'], 'what was fetched is not fetched again'
 
@@ -659,7 +659,7 @@ def test_attention_slicing(pipe, size, heads):
     assert len(layers) == 34 and all(m.attend.keywords == {'heads': heads[m.heads]} for m in layers)
     near(pipe(**WORDS).images, whole, 1e-5)
     near(copy.deepcopy(pipe.unet)(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 32, 64)).detach(),
-         pipe.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 32, 64)).detach(), 1e-6)
+         pipe.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 32, 64)).detach(), 1e-5)
     pipe.disable_attention_slicing()
     assert all(m.attend is F.scaled_dot_product_attention for m in layers)
 
