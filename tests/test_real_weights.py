@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
