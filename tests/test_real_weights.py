@@ -511,7 +511,7 @@ def test_hub(places, tmp_path):
 # what loading costs
 
 COST = r'''
-import sys, time
+import sys
 from pathlib import Path
 import diffusers, torch, transformers
 from sdcourse.clip import CLIPTextModel
