@@ -353,7 +353,7 @@ def _make_screen(self:DenoisePlayground):
     controls = w.VBox([*c.values()], layout=w.Layout(width='min(100%, 340px)'))
     screen = w.VBox([w.Box(tiles, layout=rows), self.timeline, w.Box([self.play, self.caption], layout=rows),
                      self.status, self.files, self.code], layout=w.Layout(flex='1 1 300px', min_width='0'))
-    self.view = w.Box([w.HTML(_STYLE), controls, screen], layout=rows)
+    self.view = w.Box([w.HTML(_STYLE), controls, screen], layout=rows).add_class('sd-playground')
 
 # %% ../nbs/15_widgets.ipynb #b07f1404
 @patch
