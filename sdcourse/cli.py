@@ -314,6 +314,7 @@ def play_notebook(
     kernel = dict(name='python3', language='python', display_name='python3')
     return json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
 
+# %% ../nbs/99_cli.ipynb #c0ffb0f8
 def play(
     args,  # weights, host, port
 ):

@@ -74,10 +74,10 @@ def draw(self:NoiseLab): # matplotlib Figure
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.7), layout='constrained')
     left.imshow(to_pil(add_noise(self.x0[None], self.eps[None], t, abar)[0]), cmap='gray')
     left.set(title=f'$x_t$ at t = {t}', xticks=[], yticks=[])
-    middle.plot(abar**.5, color=COLORS['x0'], label='signal rate')
-    middle.plot((1 - abar)**.5, color=COLORS['eps'], ls='--', label='noise rate')
+    middle.plot((abar**.5).numpy(), color=COLORS['x0'], label='signal rate')
+    middle.plot(((1 - abar)**.5).numpy(), color=COLORS['eps'], ls='--', label='noise rate')
     middle.set(title=f'{abar[t]**.5:.3f} of the signal, {(1 - abar[t])**.5:.3f} of the noise', xlabel='t')
-    right.semilogy(snr(abar), color=COLORS['xt'])
+    right.semilogy(snr(abar).numpy(), color=COLORS['xt'])
     right.set(title=f'signal to noise {snr(abar)[t]:.3g}', xlabel='t')
     for ax in (middle, right): ax.axvline(t, color=COLORS['other'], lw=1)
     middle.legend(frameon=False)
@@ -125,6 +125,7 @@ def _clicked(self:GradientLab):
     self.seen = [*self.board.names]
     self.redraw()
 
+# %% ../nbs/15b_labs.ipynb #a3a4d1af
 @patch
 def _put(self:GradientLab, x):
     "Show another picture, (1,28,28)"
@@ -150,11 +151,11 @@ def draw(self:GradientLab): # matplotlib Figure
     with torch.no_grad(): p = self.model(self.x[None]).softmax(1)[0]
     left.imshow(to_pil(self.x), cmap='gray')
     most = max(gradient.abs().max().item(), 1e-12)
-    middle.imshow(gradient, cmap='RdBu_r', vmin=-most, vmax=most)
+    middle.imshow(gradient.numpy(), cmap='RdBu_r', vmin=-most, vmax=most)
     for ax, title in ((left, 'the picture'), (middle, f'brighter (red) or darker (blue), ±{most:.2g}')):
         ax.set(title=title, xticks=[], yticks=[])
     names = [*map(str, range(10)), 'none']
-    right.bar(names, p, color=[COLORS['eps'] if i == self.label.value else COLORS['x0'] for i in range(11)])
+    right.bar(names, p.tolist(), color=[COLORS['eps'] if i == self.label.value else COLORS['x0'] for i in range(11)])
     right.set(title=f'p({names[self.label.value]}) = {p[self.label.value]:.3f}', ylim=(0, 1))
     return fig
 
@@ -242,7 +243,7 @@ def steps_within(
     for n in range(evaluations, 0, -1):
         scheduler.set_timesteps(n)
         if len(scheduler.timesteps) <= evaluations: return n
-    raise ValueError(f'{type(scheduler).__name__} needs more than evaluations={evaluations!r} for a single step')
+    raise ValueError(f'{type(scheduler).__name__} can do no step with evaluations={evaluations!r}')
 
 # %% ../nbs/15b_labs.ipynb #2837ec4c
 def _tiles(names, about):
@@ -253,6 +254,7 @@ def _tiles(names, about):
     tiles = [w.VBox([image, words[name]], layout=size) for name, image in images.items()]
     return images, words, w.Box([w.HTML(_STYLE), *tiles], layout=w.Layout(flex_flow='row wrap'))
 
+# %% ../nbs/15b_labs.ipynb #fb8ca052
 class SchedulerRace(Lab):
     "The same seed and prompt down several schedulers, with the same number of evaluations (lesson 10)."
     def __init__(self,
@@ -294,6 +296,7 @@ def _race(self:SchedulerRace, wish):
             else: self._show(name, step)
             yield
 
+# %% ../nbs/15b_labs.ipynb #f36e4a00
 @patch
 def _show(self:SchedulerRace, name, step):
     "A picture in its place, and how many evaluations it took"
@@ -327,6 +330,7 @@ def watch_words(
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../nbs/15b_labs.ipynb #48e32283
 def mean_map(
     seen:Sequence[Tensor], # of `watch_words`, (places,tokens) each; the places of a picture of height:width
     height:int, width:int, # of the latent
@@ -385,7 +389,7 @@ def _ask(self:AttentionLens, change=None):
     "Begin anew, with the words of the prompt to choose from"
     words, before = word_places(self.pipe.tokenizer, self.prompt.value), self.word.value
     self.word.options = [(word, i) for i, (word, _) in enumerate(words)]
-    if before is not None and before < len(words): self.word.value = before
+    if words: self.word.value = before if before in range(len(words)) else 0
     settings = self.settings._replace(prompt=self.prompt.value, seed=self.seed.value)
     self.runner.submit(([places for _, places in words], settings))
 

@@ -108,14 +108,11 @@ def test_steps_within(name):
     kind, options = SCHEDULERS[name]
     for evaluations in (1, 2, 7, 20):
         scheduler = kind(**options)
-        if name == 'pndm' and evaluations == 1:
-            with pytest.raises(ValueError, match='PNDMScheduler needs more than evaluations=1'):
-                steps_within(scheduler, 1)
-            continue
         n = steps_within(scheduler, evaluations)
         assert len(scheduler.timesteps) <= evaluations and n >= 1
         scheduler.set_timesteps(n + 1)
         assert len(scheduler.timesteps) > evaluations
+    with pytest.raises(ValueError, match='can do no step with evaluations=0'): steps_within(kind(**options), 0)
 
 
 def test_race(pipe, closing):
