@@ -818,6 +818,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'sdcourse/widgets.py'),
                                   'sdcourse.widgets.DenoisePlayground._make_start': ( 'widgets.html#denoiseplayground._make_start',
                                                                                       'sdcourse/widgets.py'),
+                                  'sdcourse.widgets.DenoisePlayground._play': ( 'widgets.html#denoiseplayground._play',
+                                                                                'sdcourse/widgets.py'),
                                   'sdcourse.widgets.DenoisePlayground._say': ('widgets.html#denoiseplayground._say', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.DenoisePlayground._scrub': ( 'widgets.html#denoiseplayground._scrub',
                                                                                  'sdcourse/widgets.py'),
@@ -847,6 +849,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sdcourse.widgets.as_python': ('widgets.html#as_python', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.choose_scheduler': ('widgets.html#choose_scheduler', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.draw_steps': ('widgets.html#draw_steps', 'sdcourse/widgets.py'),
+                                  'sdcourse.widgets.picture': ('widgets.html#picture', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.png': ('widgets.html#png', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.spacings': ('widgets.html#spacings', 'sdcourse/widgets.py'),
                                   'sdcourse.widgets.take_frame': ('widgets.html#take_frame', 'sdcourse/widgets.py')}}}

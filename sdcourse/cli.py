@@ -305,6 +305,9 @@ def find_port(
     raise ValueError(f'all ports of {host} from {wanted} to {port} are taken')
 
 # %% ../nbs/99_cli.ipynb #dd3440cc
+_HEADERS = {'Content-Security-Policy': "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+                                       "connect-src 'self' ws: wss:; frame-ancestors 'self'"}  # nothing from elsewhere
+
 def play_notebook(
     weights: str,  # what the playground shall draw with
 ) -> str:  # JSON
@@ -333,7 +336,8 @@ def play(
         (notebook := Path(folder)/'sdcourse.ipynb').write_text(play_notebook(weights))
         IOLoop.current().add_callback(print, f'{address} is the playground; Ctrl-C ends it', flush=True)
         Voila.launch_instance([str(notebook), f'--Voila.ip={args.host}', f'--port={port}', '--Voila.port_retries=0',
-                               f'--token={token}', '--no-browser', '--Voila.log_level=WARN'])
+                               f'--token={token}', '--no-browser', '--Voila.log_level=WARN',
+                               f'--Voila.tornado_settings={{"headers": {_HEADERS!r}}}'])
     print('ended')
 
 # %% ../nbs/99_cli.ipynb #6ed1809a

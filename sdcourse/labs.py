@@ -24,7 +24,8 @@ from .pipeline import StableDiffusionPipeline, parse_weights
 from .tokenizer import CLIPTokenizer
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
-from .widgets import _STYLE, Board, Lab, Runner, Settings, as_png, choose_scheduler, draw_steps, png
+from .widgets import (_STYLE, Board, Lab, Runner, Settings, as_png, choose_scheduler, draw_steps, picture,
+                              png)
 
 # %% ../nbs/15b_labs.ipynb #ea87ad6f
 class PictureLab(Lab):
@@ -34,7 +35,7 @@ class PictureLab(Lab):
         about:str, # what the picture shows, for who can't see it
     ):
         import ipywidgets as w
-        self.image, rows = w.Image(format='png', tooltip=about), w.Layout(flex_flow='row wrap', align_items='center')
+        self.image, rows = picture(about), w.Layout(flex_flow='row wrap', align_items='center')
         self.image.layout.max_width = '100%'
         self.view = w.VBox([w.Box(controls, layout=rows), self.image])
         for control in controls:
@@ -249,7 +250,7 @@ def steps_within(
 def _tiles(names, about):
     "Name -> picture of large pixels, name -> the words below it, and a box with all of them"
     import ipywidgets as w
-    images = {name: w.Image(format='png', tooltip=f'{about} {name}').add_class('sd-pixels') for name in names}
+    images = {name: picture(f'{about} {name}', 'sd-pixels') for name in names}
     words, size = {name: w.Label(name) for name in names}, w.Layout(width='min(46%, 150px)', margin='4px')
     tiles = [w.VBox([image, words[name]], layout=size) for name, image in images.items()]
     return images, words, w.Box([w.HTML(_STYLE), *tiles], layout=w.Layout(flex_flow='row wrap'))
@@ -372,8 +373,7 @@ class AttentionLens(Lab):
         self.seed = w.BoundedIntText(self.settings.seed, 0, 2**31 - 1, description='seed')
         self.word, self.status = w.ToggleButtons(description='word'), w.Label()
         self.word.style.button_width = 'auto'
-        self.image = w.Image(format='png', tooltip='maps of the word, above the pictures, step by step')
-        self.image.add_class('sd-crisp')
+        self.image = picture('maps of the word, above the pictures, step by step', 'sd-crisp')
         style = w.HTML('<style>.sd-crisp {image-rendering: pixelated; width: min(100%, 900px)}</style>')
         controls = w.Box([self.prompt, self.seed], layout=w.Layout(flex_flow='row wrap'))
         self.view = w.VBox([style, controls, self.word, self.image, self.status])

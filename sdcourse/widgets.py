@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'spacings', 'choose_scheduler', 'draw_steps', 'png', 'Frame', 'take_frame', 'Runner', 'as_python', 'Board',
-           'Lab', 'as_png', 'DenoisePlayground']
+           'Lab', 'picture', 'as_png', 'DenoisePlayground']
 
 # %% ../nbs/15_widgets.ipynb #05ef8522
 import atexit
@@ -236,15 +236,27 @@ def picture(self:Board,
 # %% ../nbs/15_widgets.ipynb #ef3d989b
 class Lab:
     "A widget: `view` is made of standard ipywidgets, `figure` draws its state for who reads without Python."
-    runner = None # what computes in the background, if anything does
+    runner = player = None # what computes in the background, and what moves something, if anything does
     def close(self):
-        "End what computes in the background, and take the controls away."
-        if self.runner: self.runner.close()
+        "End what goes on in the background, and take the controls away."
+        for runner in filter(None, (self.runner, self.player)): runner.close()
         self.view.close()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if self.runner: self.runner.wait(3)
         return {**self.view._repr_mimebundle_(), 'image/png': b64encode(self.figure()).decode()}
+
+# %% ../nbs/15_widgets.ipynb #9225da6a
+def picture(
+    about:str, # what it shows, for who can't see it
+    css:str = '', # a CSS class
+    value:bytes = b'', # of a PNG file
+): # an `ipywidgets.Image`
+    "A picture with a title, which a screen reader reads: the front-end sets one only for widgets with a description."
+    import ipywidgets as w
+    from traitlets import Unicode
+    described = type('Image', (w.Image,), {'description': Unicode('').tag(sync=True)})
+    return described(value=value, format='png', tooltip=about).add_class(css)
 
 def as_png(
     figure, # of matplotlib
@@ -263,13 +275,13 @@ def _controls(first, names):
     def add(kind, value, label, **more):
         return kind(value=value, description=label, style={'description_width': '6.5em'}, layout=w.Layout(width='97%'),
                     **more)
-    own = [('its own', None)]
+    own = [('its own', '')]
     return dict(
         prompt=add(w.Text, first.prompt, 'prompt'), negative_prompt=add(w.Text, first.negative_prompt, 'but not'),
         seed=add(w.BoundedIntText, first.seed, 'seed', min=0, max=2**31 - 1),
         num_inference_steps=add(w.IntSlider, first.num_inference_steps, 'steps', min=1, max=50),
-        scheduler=add(w.Dropdown, first.scheduler, 'scheduler', options=[*own, *((name, name) for name in names)]),
-        spacing=add(w.Dropdown, None, 'spacing', options=own),
+        scheduler=add(w.Dropdown, first.scheduler or '', 'scheduler', options=own + [(name, name) for name in names]),
+        spacing=add(w.Dropdown, '', 'spacing', options=own),
         guidance_scale=add(w.FloatSlider, first.guidance_scale, 'guidance', min=0, max=15, step=.5),
         eta=add(w.FloatSlider, first.eta, 'eta', min=0, max=1, step=.1),
         start=add(w.Dropdown, 'noise', 'start from', options=['noise', 'a file', 'a drawing']),
@@ -291,12 +303,13 @@ class DenoisePlayground(Lab):
         self.side = self.pipe.unet.config.sample_size*self.pipe.factor
         names = [name for name in SCHEDULERS if name != 'flow']                # which is for models of another kind
         self.controls = _controls(settings, names if 'prediction_type' in self.pipe.scheduler.config else [])
-        self.frames, self._wanted, self._asked, self._quiet, self._lock = [], None, None, False, RLock()
+        self.frames, self.of, self._wanted, self._asked, self._quiet = [], 1, None, None, False
+        self._lock = RLock()
         self._make_start()
         self._make_screen()
         self._limit()
-        self.controls['spacing'].value = settings.spacing
-        self.runner = Runner(self._work, self._fail)
+        self.controls['spacing'].value = settings.spacing or ''
+        self.runner, self.player = Runner(self._work, self._fail), Runner(self._play, self._fail)
         for control in (*self.controls.values(), self.upload): control.observe(self._changed, 'value')
         self._changed()
 
@@ -311,7 +324,7 @@ def _make_start(self:DenoisePlayground):
     self.drawing = Board(8, inks, lambda old: self.ink.value, self._changed, 'drawing')
     self.mask = Board(8, {'kept': '#000000', 'painted anew': '#ffffff'},
                       lambda old: 'kept' if old == 'painted anew' else 'painted anew', self._changed, 'mask')
-    dice = w.Button(description='another seed', layout=w.Layout(width='auto'))
+    dice = w.Button(description='another seed', layout=w.Layout(width='auto', margin='2px 2px 2px 7.5em'))
     dice.on_click(lambda _: self.controls['seed'].set_trait('value', random.SystemRandom().randrange(10_000)))
     self.dice, self.draw = dice, w.VBox([self.ink, self.drawing.view])
 
@@ -329,28 +342,28 @@ def _start(self:DenoisePlayground):
     return image, self.mask.picture(self.side).convert('L') if image and self.controls['repaint'].value else None
 
 # %% ../nbs/15_widgets.ipynb #8b9a36c6
-_STYLE = ('<style>.sd-pixels {image-rendering: pixelated; width: 100%; aspect-ratio: 1}'
-          '.sd-code {font: 12px monospace; overflow-x: auto; max-width: 100%; line-height: 1.4; margin: 0}</style>')
-_SHOWN = dict(xt='the latent after this step', x0='the clean latent that the model sees in it',
-              eps='the noise that it sees in it', picture='the picture, decoded')
+_STYLE = '<style>.sd-pixels {image-rendering: pixelated; width: 100%; aspect-ratio: 1}</style>'
+_CODE = '<pre style="font: 12px/1.4 monospace; overflow-x: auto; margin: 0">{}</pre>'
+_SHOWN = dict(xt='latent after the step', x0='clean latent, predicted',
+              eps='noise, predicted', picture='picture, decoded')
 
 @patch
 def _make_screen(self:DenoisePlayground):
     "Pictures, timeline and words; all of it in `view`"
     import ipywidgets as w
     blank, wide = png(Image.new('RGB', (1, 1), 'white')), w.Layout(width='97%')
-    self.images = {name: w.Image(value=blank, format='png', tooltip=what).add_class('sd-pixels')
-                   for name, what in _SHOWN.items()}
+    self.images = {name: picture(what, 'sd-pixels', blank) for name, what in _SHOWN.items()}
     tiles = [w.VBox([image, w.Label(_SHOWN[name], layout=w.Layout(height='auto'))],
-                    layout=w.Layout(width='min(46%, 230px)', margin='4px')) for name, image in self.images.items()]
-    self.timeline = w.IntSlider(0, 0, 0, description='step', readout=False, layout=wide)
-    self.play = w.Play(value=0, min=0, max=0, interval=120, show_repeat=False)
-    w.jslink((self.play, 'value'), (self.timeline, 'value'))
+                    layout=w.Layout(width='min(46%, 205px)', margin='4px')) for name, image in self.images.items()]
+    last = max(1, self.controls['num_inference_steps'].value - 1)              # a slider from 0 to 0 can't be moved
+    self.timeline = w.IntSlider(0, 0, last, description='step', readout=False, layout=wide)
+    self.play = w.Button(description='play', layout=w.Layout(width='6em'))
+    self.play.on_click(lambda _: self.player.submit(len(self.frames)))
     self.timeline.observe(self._scrub, 'value')
     self.caption, self.status, self.files, self.code = w.Label(), w.HTML(), w.HTML(), w.HTML()
     rows = w.Layout(flex_flow='row wrap', width='100%')
-    c = dict(self.controls, dice=self.dice, upload=self.upload, draw=self.draw, mask=self.mask.view)
-    controls = w.VBox([*c.values()], layout=w.Layout(width='min(100%, 340px)'))
+    c = [*self.controls.values(), self.upload, self.draw, self.mask.view]
+    controls = w.VBox([*c[:3], self.dice, *c[3:]], layout=w.Layout(width='min(100%, 340px)'))
     screen = w.VBox([w.Box(tiles, layout=rows), self.timeline, w.Box([self.play, self.caption], layout=rows),
                      self.status, self.files, self.code], layout=w.Layout(flex='1 1 300px', min_width='0'))
     self.view = w.Box([w.HTML(_STYLE), controls, screen], layout=rows).add_class('sd-playground')
@@ -360,12 +373,12 @@ def _make_screen(self:DenoisePlayground):
 def _limit(self:DenoisePlayground):
     "Offer what can be had now"
     c = self.controls
-    kind, _ = choose_scheduler(self.pipe.scheduler, c['scheduler'].value)
-    options = (('its own', None), *((name, name) for name in spacings(kind)))
+    kind, _ = choose_scheduler(self.pipe.scheduler, c['scheduler'].value or None)
+    options = (('its own', ''), *((name, name) for name in spacings(kind)))
     if c['spacing'].options != options:
         before, self._quiet = c['spacing'].value, True
         c['spacing'].options = options
-        c['spacing'].value = before if before in spacings(kind) else None
+        c['spacing'].value = before if before in spacings(kind) else ''
     c['eta'].disabled, self._quiet = 'eta' not in signature(kind.step).parameters, False
     start = c['start'].value
     shown = {c['strength']: start != 'noise', c['repaint']: start != 'noise', self.upload: start == 'a file',
@@ -377,6 +390,8 @@ def settings(self:DenoisePlayground) -> Settings:
     "What the controls say; raises `ValueError` for a file that is no picture"
     c, (image, mask) = self.controls, self._start()
     said = {name: c[name].value for name in Settings._fields if name in c}
+    for name in ('scheduler', 'spacing'): said[name] = said[name] or None
+    for name in ('guidance_scale', 'eta', 'strength'): said[name] = round(said[name], 2)    # of 0.6000000000000001
     if c['eta'].disabled: said['eta'] = 0.
     if image is None: said['strength'] = Settings().strength
     return Settings(**said, image=image, mask_image=mask)
@@ -386,12 +401,13 @@ def settings(self:DenoisePlayground) -> Settings:
 def _changed(self:DenoisePlayground, change=None):
     "Ask for what the controls say, if it is something new"
     if self._quiet: return
-    self._limit()
-    try: wanted = self.settings
-    except ValueError as e: return self._say(e)
-    if wanted == self._asked: return
-    self._asked = wanted
-    self.runner.submit(wanted)
+    with self._lock:                                                           # or an older one might be submitted last
+        self._limit()
+        try: wanted = self.settings
+        except ValueError as e: return self._say(e)
+        if wanted == self._asked: return
+        self._asked = wanted
+        self.runner.submit(wanted)
 
 @patch
 def _say(self:DenoisePlayground, words):
@@ -411,7 +427,7 @@ def _work(self:DenoisePlayground, settings):
     self._say(f'{len(frames)} evaluations in {time.perf_counter() - begun:.2f} s' +
               (f'; these words mean nothing to the model: {", ".join(odd)}' if odd else ''))
     self.files.value = self._links(frames, settings)
-    self.code.value = f'<pre class="sd-code">{html.escape(as_python(self.pipe, settings, self.weights))}</pre>'
+    self.code.value = _CODE.format(html.escape(as_python(self.pipe, settings, self.weights)))
 
 @patch
 def _fail(self:DenoisePlayground, error):
@@ -427,28 +443,37 @@ def _fail(self:DenoisePlayground, error):
 def _arrive(self:DenoisePlayground, frames, of):
     "A new step is there"
     with self._lock:
-        self.frames = frames
-        if self.timeline.max != of - 1:
-            self.timeline.max = self.play.max = of - 1
-            if self._wanted is not None and self._wanted >= of - 1: self._wanted = None
-        if self._wanted is None: self.timeline.value = len(frames) - 1
+        self.frames, self.of = frames, of
+        if self._wanted is not None and self._wanted >= of - 1: self._wanted = None
+        if self._wanted is None: self.timeline.value = len(frames) - 1         # first, so that it fits below the end
+        self.timeline.max = max(1, of - 1)
         self._look()
 
 @patch
 def _scrub(self:DenoisePlayground, change):
-    "The reader moved the timeline"
+    "The timeline was moved, by the reader or by `_play`"
     if current_thread() is self.runner.thread: return
+    if current_thread() is not self.player.thread: self.player.submit(0)       # by hand: no longer by itself
     with self._lock:
         self._wanted = None if change.new == self.timeline.max else change.new
         self._look()
+
+# %% ../nbs/15_widgets.ipynb #c5148b94
+@patch
+def _play(self:DenoisePlayground, steps):
+    "The generator of a second thread: one step after the other"
+    for i in range(steps):
+        self.timeline.value = i
+        time.sleep(.12)
+        yield
 
 @patch
 def _look(self:DenoisePlayground):
     "Show the step that is wanted, or the newest if it is not there yet"
     if not self.frames: return
-    i = min(len(self.frames) - 1, self.timeline.max if self._wanted is None else self._wanted)
+    i = min(len(self.frames) - 1, self.of if self._wanted is None else self._wanted)
     for name, image in self.images.items(): image.value = getattr(self.frames[i], name)
-    self.caption.value = f'step {i + 1} of {self.timeline.max + 1}, from t = {self.frames[i].t:.0f}'
+    self.caption.value = f'step {i + 1} of {self.of}, from t = {self.frames[i].t:.0f}'
 
 # %% ../nbs/15_widgets.ipynb #b6cd01df
 def _link(name, data):

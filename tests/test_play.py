@@ -207,7 +207,10 @@ def opened(chromium):
         page.set_default_timeout(120_000)
         page.on('pageerror', lambda e: faults.append(str(e)))
         own = address, address.replace('http', 'ws'), 'data:', 'blob:'
-        page.on('request', lambda r: None if r.url.startswith(own) else faults.append(f'request: {r.url}'))
+        def judge(request):
+            if not request.url.startswith(own) and request.failure != 'csp': faults.append(f'request: {request.url}')
+        page.on('requestfinished', judge)
+        page.on('requestfailed', judge)
         return page
     yield opened
     for context in contexts: context.close()
@@ -225,6 +228,7 @@ def open_lab(opened, address, **size):
     "The playground in JupyterLab, after the only cell was run"
     page = opened(address, **size)
     page.goto(f'{address}lab/tree/play.ipynb?reset')
+    page.get_by_text('| Idle').wait_for()
     page.locator('.jp-Cell .cm-content').first.click()
     page.keyboard.press('Shift+Enter')
     return page, page.locator('.sd-playground')
@@ -239,8 +243,8 @@ PIXELS = '''(root, name) => {
   context.drawImage(img, 0, 0)
   return [canvas.width, canvas.height, [...context.getImageData(0, 0, canvas.width, canvas.height).data]]
 }'''
-NAMES = dict(xt='the latent after this step', x0='the clean latent that the model sees in it',
-             eps='the noise that it sees in it', picture='the picture, decoded')
+NAMES = dict(xt='latent after the step', x0='clean latent, predicted', eps='noise, predicted',
+             picture='picture, decoded')
 
 
 def rgb(data): return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'), int)
@@ -262,7 +266,7 @@ class Player:
                 found = np.array(data, int).reshape(height, width, 4)[..., :3]
                 if found.shape == expected.shape and abs(found - expected).max() <= 1: break
                 self.page.wait_for_timeout(100)
-            else: pytest.fail(f'{name} of step {step} is not what {self.now} draws')
+            else: pytest.fail(f'{name} of step {step} is not what {self.now} draws: {self.root.inner_text()}')
 
     def control(self, label): return self.root.get_by_label(label, exact=True)
     def slider(self, label):
@@ -270,6 +274,12 @@ class Player:
     def press(self, label, *keys):
         for key in keys: self.slider(label).locator('.noUi-handle').press(key)
     def value(self, label): return float(self.slider(label).locator('.widget-readout').inner_text())
+    def move(self, label, value):
+        "With the arrow keys"
+        for _ in range(100):
+            if (now := self.value(label)) == value: return
+            self.press(label, 'ArrowRight' if now < value else 'ArrowLeft')
+        pytest.fail(f'{label} does not get to {value}, it is {now}')
     def choose(self, label, option): self.control(label).select_option(option)
     def cell(self, board, row, column):
         return self.root.locator(f'button[title^="{board}, row {row}, column {column}:"]')
@@ -319,9 +329,8 @@ def play_pictures(player):
     player.page.keyboard.press('Space')
     picture = Image.new('RGB', (64, 64))
     picture.paste((30, 170, 60), (16, 8, 32, 16))
-    player.press('strength', *['ArrowLeft']*8)
-    player.sees(image=picture, strength=player.value('strength'))
-    assert player.now.strength == .6
+    player.move('strength', .6)
+    player.sees(image=picture, strength=.6)
     player.control('repaint only what is marked').press('Space')
     for column in range(1, 9): player.cell('mask', 1, column).click()
     mask = Image.new('L', (64, 64))
@@ -330,8 +339,8 @@ def play_pictures(player):
     player.choose('start from', 'a file')
     file = io.BytesIO()
     start_picture().save(file, format='PNG')
-    player.root.locator('input[type=file]').set_input_files(dict(name='x.png', mimeType='image/png',
-                                                                buffer=file.getvalue()))
+    with player.page.expect_file_chooser() as chooser: player.root.locator('.widget-upload').click()
+    chooser.value.set_files(dict(name='x.png', mimeType='image/png', buffer=file.getvalue()))
     player.sees(image=start_picture())
 
 
@@ -343,7 +352,7 @@ def play_timeline(player):
     player.sees(step=0)
     player.press('step', 'ArrowRight')
     player.sees(step=1)
-    player.root.get_by_role('button', name=re.compile('play', re.I)).first.click()
+    player.root.get_by_role('button', name='play').click()
     player.sees(step=3)
     player.press('step', 'End')
 
@@ -355,10 +364,8 @@ def play_and_go_back(player):
     player.control('seed').fill('0')
     player.control('seed').press('Enter')
     player.press('eta', 'Home')
-    player.press('guidance', 'Home', *['ArrowRight']*8)
-    player.press('steps', 'Home', *['PageUp']*4)
-    steps = int(player.value('steps'))
-    player.press('steps', *['ArrowLeft' if steps > 20 else 'ArrowRight']*abs(steps - 20))
+    player.move('guidance', 4)
+    player.move('steps', 20)
     player.now = FIRST
     player.sees()
 
