@@ -269,8 +269,9 @@ def _fetch(
     "Download files of a hub repository, or find them in the cache; raises `ValueError` if that fails"
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f'cannot get {name!r} from the hub: {str(e).splitlines()[0]}') from e
+    except Exception as e:  # no network, no such name, a connection that breaks off: each has its own class
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f'cannot get {name!r} from the hub: {why}') from e
 
 # %% ../nbs/00_model.ipynb #990597e7
 def find_pretrained(
@@ -301,7 +302,9 @@ def _refuse_missing(
     names = sorted(p.name for p in path.parent.iterdir())
     pickles = [n for n in names if n.endswith(('.bin', '.ckpt', '.pt', '.pth', '.pkl'))]
     indices = [n for n in names if n.endswith('.safetensors.index.json')]
+    others = [n for n in names if n.endswith('.safetensors')]
     why = f'; {", ".join(pickles)} refused: loading a pickle can run any code' if pickles else ''
+    if others and not indices: why += f'; there is {", ".join(others)}: say variant, where that is in its name'
     if indices: why = f'; {", ".join(indices)} says that the weights are split into several files: save them as one'
     raise ValueError(f'no {path.name} in {path.parent}{why}; only one whole safetensors file is read')
 
@@ -348,6 +351,52 @@ def modernize(cls: Model,
     "Old names to new ones; for a subclass to override"
     return weights
 
+# %% ../nbs/00_model.ipynb #1b44c8da
+@patch(cls_method=True)
+def _without_weights(cls: Model,
+    config: Mapping,  # as for `from_config`
+) -> Model | None:  # on the meta device, or None
+    "The layers without their numbers: no memory, no time. None where something would be lost, or cannot be built"
+    try:
+        with torch.device('meta'): model = cls.from_config(config)
+    except ValueError: return None  # the constructor looks at numbers, or the config is wrong
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    saved_once = len({id(t) for _, t in tensors}) == len(tensors) == len(model.state_dict())
+    attributes = any(isinstance(v, Tensor) for part in model.modules() for v in vars(part).values())
+    return model if saved_once and not attributes else None
+
+# %% ../nbs/00_model.ipynb #77637bae
+@patch(cls_method=True)
+def _from_weights(cls: Model,
+    config: Mapping,  # as for `from_config`
+    weights: Mapping[str, Tensor],  # by the names of today, on any device
+    what: str,  # where they come from, for messages
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None,  # as for `from_pretrained`
+) -> Model:  # in eval mode
+    "A model with these weights, which are not copied where they are as wanted; raises `ValueError` if they do not fit"
+    with torch.random.fork_rng(devices=[]):  # random weights, if there are any, disturb nobody's random numbers
+        empty = cls._without_weights(config)
+        model = cls.from_config(config) if empty is None else empty
+    _check_fit(model.state_dict(), weights, what)
+    dtype = dtype or next((w.dtype for w in weights.values() if w.is_floating_point()), None)
+    device = torch.get_default_device() if device is None else device
+    if empty is None: model.to(device, dtype)
+    weights = {k: w.to(device, dtype if w.is_floating_point() else None) for k, w in weights.items()}
+    model.load_state_dict(weights, assign=empty is not None)
+    return model.eval()
+
+# %% ../nbs/00_model.ipynb #b587c4c6
+def _variant(
+    name: str,  # of a file, such as 'model.safetensors'
+    variant: str | None,  # such as 'fp16', or None
+) -> str:  # such as 'model.fp16.safetensors'
+    "The name under which a repository keeps the same weights in another precision; raises `ValueError`"
+    if variant is None: return name
+    if not isinstance(variant, str) or not re.fullmatch(r'\w+', variant):
+        raise ValueError(f"variant must be a word such as 'fp16', or None, got {variant!r}")
+    stem, _, suffix = name.rpartition('.')
+    return f'{stem}.{variant}.{suffix}'
+
 # %% ../nbs/00_model.ipynb #6856ed82
 @patch(cls_method=True)
 def from_pretrained(cls: Model,
@@ -355,16 +404,12 @@ def from_pretrained(cls: Model,
     subfolder: str | None = None,  # a folder inside it, such as 'unet'
     device: torch.device | str | None = None,  # where the model shall be; None: torch's default
     dtype: torch.dtype | None = torch.float32,  # of the floating weights; None: as in the file
+    variant: str | None = None,  # 'fp16': the file whose name has that before its ending
 ) -> Model:  # in eval mode
     "Load a model; raises `ValueError` for weights that are unknown, damaged, or do not fit"
     _check_dtype(dtype)
     _check_device(device)
-    wanted = cls.config_name, cls.weights_name, f'{cls.weights_name}.index.json', 'manifest.json'
-    folder = find_pretrained(name_or_path, subfolder, wanted)
-    with torch.random.fork_rng(devices=[]):  # the first, random weights are not to disturb anybody's random numbers
-        model = cls.from_config(_read_json(folder/cls.config_name))
-    weights = cls.modernize(_read_weights(folder/cls.weights_name))
-    stored = next((w.dtype for w in weights.values() if w.is_floating_point()), None)
-    _check_fit(model.state_dict(), weights, str(folder/cls.weights_name))
-    model.to(device=device, dtype=dtype or stored).load_state_dict(weights)
-    return model.eval()
+    name = _variant(cls.weights_name, variant)
+    folder = find_pretrained(name_or_path, subfolder, (cls.config_name, name, f'{name}.index.json', 'manifest.json'))
+    config, weights = _read_json(folder/cls.config_name), cls.modernize(_read_weights(folder/name))
+    return cls._from_weights(config, weights, str(folder/name), device, dtype)

@@ -26,7 +26,7 @@ from . import schedulers
 from .clip import CLIPTextModel, _kind
 from .images import _whole, atomic_path, to_pictures, to_pil
 from .model import (Model, _as_json, _check_device, _check_dtype, _make_folder, _read_json, _remove,
-                            find_pretrained)
+                            _variant, find_pretrained)
 from .noise import split_output
 from .schedulers import _fresh_noise
 from .tokenizer import CLIPTokenizer
@@ -45,7 +45,7 @@ class StableDiffusionPipeline:
         self.unet, self.scheduler = unet, scheduler
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
 
-    device = property(lambda self: self.unet.device, doc='Where the U-Net is.')
+    device = property(lambda self: getattr(self.unet, 'works_on', self.unet.device), doc='Where the U-Net works.')
     factor = property(lambda self: 2**(len(self.vae.config.block_out_channels) - 1),
                       doc='How many pixels in a row one place of a latent stands for.')
 
@@ -488,27 +488,26 @@ _KINDS = {'vae': AutoencoderKL, 'text_encoder': CLIPTextModel, 'tokenizer': CLIP
 _HOSTS = {'vae': 'diffusers', 'unet': 'diffusers', 'scheduler': 'diffusers', 'tokenizer': 'transformers',
           'text_encoder': 'transformers', 'feature_extractor': 'transformers', 'safety_checker': 'stable_diffusion'}
 
-def _load_part(name, kind, place, device, dtype):
+def _load_part(name, kind, place, device, **how):
     "One part of a pipeline's folder; `kind` is the class that model_index.json names. Raises `ValueError`"
     if name in _KINDS:
         known = _KINDS[name] or getattr(schedulers, kind, None)
         if getattr(known, '__name__', '') != kind.removesuffix('Fast'):
             raise ValueError(f'no {name} of class {kind} is known here{known and f", only {known.__name__}" or ""}')
-        where = dict(device=device, dtype=dtype) if issubclass(known, Model) else {}
-        return known.from_pretrained(place, name, **where)
-    folder = find_pretrained(place, name, ('config.json', 'model.safetensors', 'preprocessor_config.json'))
-    if name == 'safety_checker':
-        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-        return StableDiffusionSafetyChecker.from_pretrained(folder, dtype=dtype).to(device)
+        return known.from_pretrained(place, name, **(dict(how, device=device) if issubclass(known, Model) else {}))
+    files = 'config.json', 'preprocessor_config.json', _variant('model.safetensors', how['variant'])
+    folder = find_pretrained(place, name, files)
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor
-    return CLIPImageProcessor.from_pretrained(folder)
+    if name == 'feature_extractor': return CLIPImageProcessor.from_pretrained(folder)
+    return StableDiffusionSafetyChecker.from_pretrained(folder, **how, use_safetensors=True).to(device)
 
 # %% ../nbs/11_pipeline.ipynb #96a29afd
 @patch(cls_method=True)
 def from_pretrained(cls:StableDiffusionPipeline,
     name_or_path:str|Path, # a folder in diffusers' layout, or 'owner/name' on the hub
-    device:torch.device|str|None=None, # where the parts shall be; None: torch's default
-    dtype:torch.dtype|None=torch.float32, # of the weights; None: as in the files
+    device:torch.device|str|None=None, dtype:torch.dtype|None=torch.float32, # None: torch's default; as in the files
+    variant:str|None=None, # 'fp16': the files that have that in their names, half as long
     **parts, # to be used instead of those in the folder; safety_checker=None: none
 ) -> StableDiffusionPipeline: # ready
     "Load a whole pipeline. Raises `ValueError` for a folder that lacks a part or has one of another kind"
@@ -519,8 +518,8 @@ def from_pretrained(cls:StableDiffusionPipeline,
     missing = [k for k in _KINDS if k not in {**there, **parts}]
     if missing: raise ValueError(f'{name_or_path}/model_index.json lacks {", ".join(missing)}; it has {list(there)}')
     if parts.get('safety_checker', there.get('safety_checker')) is None: there.pop('feature_extractor', None)
-    return cls(**{name: _load_part(name, kind, name_or_path, device, dtype) for name, kind in there.items()
-                  if name not in parts}, **parts)
+    return cls(**{name: _load_part(name, kind, name_or_path, device, dtype=dtype, variant=variant)
+                  for name, kind in there.items() if name not in parts}, **parts)
 
 # %% ../nbs/11_pipeline.ipynb #814b2ef9
 @patch

@@ -130,6 +130,7 @@ class Remembered:
 # %% ../nbs/05_unet.ipynb #5b8c1093
 class Attention(nn.Module):
     "Every place asks, every place (or word) answers: softmax(q·kᵀ/√d)·v, in several heads (Vaswani et al., 2017)."
+    attend = staticmethod(F.scaled_dot_product_attention) # of q, k, v (b,heads,n,c/heads); may be replaced
     def __init__(self,
         query_dim:int, # width of what asks, and of the result
         cross_attention_dim:int|None=None, # width of what answers; None: the same, self-attention
@@ -151,7 +152,7 @@ class Attention(nn.Module):
         "Each of the n places gets a mixture of the m values."
         q, context = _in_heads(self.to_q(x), self.heads), x if context is None else context
         k, v = context.answers(self) if isinstance(context, Remembered) else _keys_values(self, context)
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out[0](self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/05_unet.ipynb #7d8034d0
 class GEGLU(nn.Module):

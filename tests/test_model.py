@@ -64,6 +64,16 @@ class Tied(Model):
         self.part = nn.Parameter(torch.randn(size, size)[0])
 
 
+class Plain(Model):
+    "Two layers, a parameter that is not trained and a buffer: all of it is saved"
+    def __init__(self, size=3):
+        super().__init__()
+        self.a, self.b = nn.Linear(size, size), nn.Linear(size, 1, bias=False)
+        self.c = nn.Parameter(torch.randn(size), requires_grad=False)
+        self.register_buffer('steps', torch.arange(size))
+    def forward(self, x): return self.b(self.a(x) + self.c)
+
+
 @pytest.fixture
 def x(): return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -189,12 +199,73 @@ def test_round_trip(tmp_path, x):
     assert Tiny.from_pretrained(tmp_path/'a', subfolder='b')(x).equal(model(x))
 
 
-def test_loading_leaves_the_random_numbers_alone(saved):
+@pytest.mark.parametrize('cls', [Tiny, Plain])
+def test_loading_leaves_the_random_numbers_alone(tmp_path, cls):
+    folder = cls().save_pretrained(tmp_path)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    Tiny.from_pretrained(saved)
+    cls.from_pretrained(folder)
     assert torch.rand(3).equal(expected)
+
+
+def test_loading_draws_nothing_and_holds_nothing_twice(tmp_path, monkeypatch):
+    "The layers are built without numbers, and the file's tensors take their places"
+    model = Plain()
+    folder, made = model.save_pretrained(tmp_path), []
+    reset = nn.Linear.reset_parameters
+    def watched(layer):
+        made.append(layer.weight.device.type)
+        reset(layer)
+    monkeypatch.setattr(nn.Linear, 'reset_parameters', watched)
+    loaded = Plain.from_pretrained(folder)
+    assert made == ['meta']*2 and not loaded.training
+    assert all(loaded.state_dict()[k].equal(w) for k, w in model.state_dict().items())
+    assert {k for k, p in loaded.named_parameters() if p.requires_grad} == {'a.weight', 'a.bias', 'b.weight'}
+    assert loaded.steps.dtype == torch.int64 and not any(w.is_meta for w in loaded.state_dict().values())
+    loaded(torch.ones(1, 3)).sum().backward()
+    with torch.no_grad(): loaded.a.weight += 1
+    assert Plain.from_pretrained(folder).a.weight.equal(model.a.weight), 'a model that changes leaves its file alone'
+
+
+class Attribute(Model):
+    "A tensor that is a plain attribute"
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(2, 2), torch.arange(3)
+
+
+class Looks(Model):
+    "A constructor that looks at numbers"
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList(nn.Linear(n, 1) for n in torch.linspace(1, 3, 3).int().tolist())
+
+
+@pytest.mark.parametrize('cls', [Tiny, Tied, Attribute, Looks])
+def test_what_would_be_lost_is_built_with_numbers(tmp_path, cls):
+    "Buffers that are not saved, weights with two names, tensors elsewhere, constructors that compute"
+    model = cls()
+    loaded = cls.from_pretrained(model.save_pretrained(tmp_path))
+    assert cls._without_weights(model.config) is None
+    for name in ('unsaved', 'table'):
+        if hasattr(model, name): assert getattr(loaded, name).equal(getattr(model, name))
+    assert all(loaded.state_dict()[k].equal(w) for k, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['model.fp16.safetensors', 'model.safetensors'])
+def test_variant(tmp_path, monkeypatch, name):
+    "The file that has the word in its name, and no other"
+    monkeypatch.setattr(Plain, 'weights_name', 'model.safetensors')
+    model = Plain()
+    model.save_pretrained(tmp_path, dtype=torch.float16)
+    (tmp_path/'model.safetensors').rename(tmp_path/name)
+    if 'fp16' in name:
+        assert Plain.from_pretrained(tmp_path, variant='fp16').a.weight.equal(model.a.weight.half().float())
+        message = refusal(tmp_path, Plain)
+        assert message.startswith(f'no model.safetensors in {tmp_path}; there is model.fp16.safetensors: say variant')
+    else: assert 'no model.fp16.safetensors' in refusal(tmp_path, Plain, variant='fp16')
+    for variant in ('', 'a/b', '../x', 16): assert repr(variant) in refusal(tmp_path, Plain, variant=variant)
 
 
 @pytest.mark.parametrize('stored', [torch.float16, torch.bfloat16, torch.float64])
@@ -463,6 +534,10 @@ def test_hub(pretrained, saved, monkeypatch, x):
     def offline(name, allow_patterns): raise huggingface_hub.errors.LocalEntryNotFoundError('no network\nat all')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
     assert refusal('owner/name') == "cannot get 'owner/name' from the hub: no network"
+    class Timeout(Exception): "As HTTP libraries have them, often without a word"
+    def late(name, allow_patterns): raise Timeout
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', late)
+    assert refusal('owner/name') == "cannot get 'owner/name' from the hub: Timeout"
 
 
 def test_unknown_subfolder(saved):
