@@ -57,7 +57,7 @@ class NoiseLab(PictureLab):
     "Drag t, and see the noisy picture, the rates of signal and noise, and their ratio (lesson 03)."
     def __init__(self,
         image:Tensor|None = None, # (c,h,w) in [-1,1]; None: a digit
-        t:int = 400, # to begin with, 0 to 999
+        t:int = 200, # to begin with, 0 to 999
     ):
         import ipywidgets as w
         self.x0 = mnist('test')[0][0] if image is None else image
@@ -140,7 +140,7 @@ def go(self:GradientLab,
 ):
     "Follow the gradient a short way."
     labels, generator = torch.tensor([self.label.value]), torch.Generator().manual_seed(0)
-    self._put(follow_gradient(self.model, self.x[None], labels, generator, steps, reach=.4, noise=.5)[0])
+    self._put(follow_gradient(self.model, self.x[None], labels, generator, steps, reach=.1, noise=.5)[0])
 
 # %% ../nbs/15b_labs.ipynb #3741d41b
 @patch
