@@ -267,7 +267,7 @@ def test_200_changes_end_in_the_last(pipe, playground, seed):
     assert playground.runner.wait(120)
     expected = frames(pipe, playground.settings)
     assert playground.frames == expected
-    assert playground.timeline.max == len(expected) - 1 == playground.play.max
+    assert playground.timeline.max == len(expected) - 1
     playground.timeline.value = playground.timeline.max
     assert {name: image.value for name, image in playground.images.items()} == \
         {name: getattr(expected[-1], name) for name in playground.images}
@@ -333,6 +333,25 @@ def test_timeline(playground):
     playground.timeline.value = 4
     playground.controls['num_inference_steps'].value = 2
     assert playground.runner.wait(60) and playground.timeline.value == 1 and shown() == playground.frames[1].picture
+    playground.controls['num_inference_steps'].value = 1
+    assert playground.runner.wait(60) and playground.caption.value.startswith('step 1 of 1')
+    assert (playground.timeline.value, playground.timeline.max) == (0, 1), 'a slider from 0 to 0 would be broken'
+    playground.timeline.value = 1
+    assert shown() == playground.frames[0].picture
+
+
+def test_play(playground):
+    "From the first step to the last; moved by hand, it stops"
+    seen = []
+    playground.timeline.observe(lambda change: seen.append(change.new), 'value')
+    playground.play.click()
+    assert playground.player.wait(10) and seen == [0, 1, 2, 3] and playground.timeline.value == 3
+    assert playground.images['picture'].value == playground.frames[3].picture
+    playground.play.click()
+    while playground.timeline.value != 1: time.sleep(.001)
+    playground.timeline.value = 0
+    assert playground.player.wait(10) and playground.timeline.value == 0
+    assert playground.images['picture'].value == playground.frames[0].picture
 
 
 def test_dice(playground):
