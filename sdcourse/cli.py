@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
-           'fit_pictures', 'by_prompt', 'train', 'readable', 'show_facts', 'find_port', 'play_notebook', 'play',
-           'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons', 'info', 'make_parser', 'main']
+           'fit_pictures', 'learned', 'by_prompt', 'going_on', 'train', 'readable', 'show_facts', 'finetune',
+           'find_port', 'play_notebook', 'play', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons',
+           'lessons', 'info', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -215,6 +216,15 @@ def fit_pictures(
            'mask_image': lambda x: ImageOps.fit(x, (side, side), Image.Resampling.BOX)}  # white: half of it at least
     return {name: fit[name](picture) for name, picture in pictures.items()}
 
+# %% ../nbs/99_cli.ipynb #6a641b46
+def learned(
+    pipe,  # `StableDiffusionPipeline`
+    folder: Path,  # that `sdcourse finetune` made
+):  # a pipeline that knows that, too
+    "What lesson 13 loads, imported only when it is asked for"
+    from sdcourse.finetuning import load_finetuned
+    return load_finetuned(pipe, folder)
+
 # %% ../nbs/99_cli.ipynb #6f2b81e3
 def by_prompt(
     args, wanted: list, on_step, seed: int, **where,  # weights, …; prompts; for the bar; device, dtype
@@ -227,6 +237,7 @@ def by_prompt(
     from sdcourse.text_to_image import draw_scenes
     pictures = read_pictures(args)
     pipe = StableDiffusionPipeline.from_pretrained(args.weights, **where)
+    for folder in args.learned: pipe = learned(pipe, folder)
     if args.scheduler and 'prediction_type' not in (config := pipe.scheduler.config):
         raise ValueError(f'{args.weights} needs its {type(pipe.scheduler).__name__}, got --scheduler {args.scheduler}')
     if args.scheduler: pipe.scheduler = make_scheduler(args.scheduler, **config)
@@ -251,6 +262,20 @@ TRAININGS = {  # name -> module, what is trained, what it is for
                'sdcourse generate PROMPT --weights {} draws with it'),
 }
 
+# %% ../nbs/99_cli.ipynb #6e230170
+@contextmanager
+def going_on(
+    checkpoint: Path,  # the file that a training leaves until it is done
+    about: str,  # what it will do, where there is no such file
+):
+    "Say what a training does; where Ctrl-C ends it, what the same command would do then"
+    print(f'{checkpoint.parent}: going on from {checkpoint.name}' if checkpoint.is_file() else about, flush=True)
+    try: yield
+    except KeyboardInterrupt as e:
+        print(flush=True)  # the progress bar left its line open
+        then = 'goes on after the last whole epoch' if checkpoint.is_file() else 'starts again, no epoch was saved'
+        raise KeyboardInterrupt(f'interrupted; the same command {then}') from e
+
 # %% ../nbs/99_cli.ipynb #5219a076
 def train(
     args,  # model, output, device, and what else the training knows
@@ -265,12 +290,7 @@ def train(
     fit = getattr(import_module(f'sdcourse.{module}'), f'train_{args.model}')
     words = given(args, fit) | {'device': check_device(args.device)}
     if 'dtype' in words: words['dtype'] = getattr(torch, args.dtype)
-    print(f'{args.output}: {f"going on from {CHECKPOINT}" if checkpoint.is_file() else about}', flush=True)
-    try: manifest = fit(**words)
-    except KeyboardInterrupt as e:
-        print(flush=True)  # the progress bar left its line open
-        then = 'goes on after the last whole epoch' if checkpoint.is_file() else 'starts again, no epoch was saved'
-        raise KeyboardInterrupt(f'interrupted; the same command {then}') from e
+    with going_on(checkpoint, f'{args.output}: {about}'): manifest = fit(**words)
     show_facts(manifest)
     print(f'{args.output}: trained in {time.perf_counter() - start:.0f} s; {then.format(args.output)}')
 
@@ -289,6 +309,25 @@ def show_facts(
     "Print the facts of a manifest, one a line"
     for name, value in manifest.items():
         if name != 'files': print(f'  {name:<25} {readable(value)}')
+
+# %% ../nbs/99_cli.ipynb #23d9ee9c
+def finetune(
+    args,  # weights, device, output, and what else lesson 13's `finetune` knows
+):
+    "Teach a model a new word from a folder of pictures; in the folder of a training that was cut short, go on"
+    start = time.perf_counter()
+    from sdcourse import finetuning
+    from sdcourse.pipeline import StableDiffusionPipeline
+    from sdcourse.training import CHECKPOINT
+    args.output = args.output or Path(f'my_{args.token.strip("<>") or "token"}')
+    checkpoint, words = args.output/CHECKPOINT, given(args, finetuning.finetune)
+    if not checkpoint.is_file(): check_writable(args.output, 'folder')
+    pipe = StableDiffusionPipeline.from_pretrained(args.weights, device=check_device(args.device))
+    with going_on(checkpoint, f'{args.output}: {args.token} from the pictures in {args.pictures}, by {args.method}'):
+        manifest = finetuning.finetune(pipe, **words)
+    show_facts({name: value for name, value in manifest.items() if name != 'prior'})
+    print(f'{args.output}: learned in {time.perf_counter() - start:.0f} s; '
+          f'sdcourse generate "a red {args.token}" --with {args.output} draws with it')
 
 # %% ../nbs/99_cli.ipynb #eb1f9ccf
 def find_port(
@@ -468,6 +507,8 @@ def _add_draw(commands):
                    help='how far IMAGE goes back to noise, above 0 to 1 (default: 0.8, with a mask 1)')
     p.add_argument('--weights', default='scenes', metavar='NAME',
                    help='a pipeline: shipped, a folder, or OWNER/NAME on the hub (default: scenes)')
+    p.add_argument('--with', type=Path, action='append', default=[], dest='learned', metavar='FOLDER',
+                   help='what `sdcourse finetune` has learned; may be given several times')
     _add_stepping(p, 'that of the weights', 4, 1000)
     _add_stepping(_add_digits(commands, 'digits', by_denoising), 'ddim', 1.5, 20)
     p = _add_digits(commands, 'synthesize', by_gradient)
@@ -495,6 +536,27 @@ def _add_train(commands):
     models.choices['scenes'].add_argument('--parts', type=Path, metavar='FOLDER', help='use FOLDER/vae and FOLDER/clip '
                                           '(default: the shipped ones)')
 
+# %% ../nbs/99_cli.ipynb #7bd4921b
+def _add_finetune(commands):
+    "The words of `sdcourse finetune`"
+    p = commands.add_parser('finetune', help='teach a model a new word from pictures', description=finetune.__doc__)
+    p.add_argument('pictures', type=Path, metavar='FOLDER', help='PNG and JPEG files of any size, at least one; '
+                   'what there is to say of a picture stands in a .txt file of the same name')
+    p.add_argument('--token', required=True, metavar='"<name>"', help='the new word, in angle brackets and quoted')
+    p.add_argument('--method', choices=('inversion', 'lora', 'dreambooth'), default='inversion',
+                   help='what learns: the word alone, the attentions a little, or everything (default: inversion)')
+    p.add_argument('-o', '--output', type=Path, metavar='FOLDER', help='the folder to write (default: my_name)')
+    p.add_argument('--weights', default='scenes', metavar='NAME', help='as of `generate` (default: scenes)')
+    p.add_argument('--steps', type=number(1, 100_000, int), metavar='N', help='steps of the training')
+    p.add_argument('--lr', type=number(1e-7, 1), metavar='X', help='the highest learning rate')
+    p.add_argument('--batch', type=number(1, 1000, int), dest='bs', metavar='N', help='pictures in a batch')
+    p.add_argument('--vectors', type=number(1, 32, int), metavar='N', help='vectors of the word (default: 1)')
+    p.add_argument('--initial', metavar='WORD', help='a word of the vocabulary that the new one begins as')
+    p.add_argument('--rank', type=number(1, 1024, int), metavar='N', help='of the updates of lora (default: 4)')
+    p.add_argument('--seed', type=number(0, 2**32 - 1, int), help='same seed, same training')
+    _add_device(p)
+    p.set_defaults(run=finetune)
+
 # %% ../nbs/99_cli.ipynb #b3159670
 def make_parser() -> Parser:  # knows every command
     "All that may be typed"
@@ -503,6 +565,7 @@ def make_parser() -> Parser:  # knows every command
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command')
     _add_draw(commands)
     _add_train(commands)
+    _add_finetune(commands)
     p = commands.add_parser('play', help='play with the denoising, in a browser', description=play.__doc__)
     p.add_argument('--weights', default='scenes', metavar='NAME', help='as of `generate` (default: scenes)')
     p.add_argument('--port', type=number(1, 65535, int), default=8866, help='or the next free one (default: 8866)')

@@ -284,6 +284,72 @@ def test_interrupted_training_goes_on(terminal, monkeypatch, name):
     assert code == 0 and out.startswith('mine: going on from checkpoint.pt\n') and len(calls) == 3
 
 
+def examples(folder='pictures', n=2):
+    "A folder of pictures of odd sizes, and a file that is none"
+    Path(folder).mkdir()
+    for i in range(n):
+        Image.new('RGB', (50 + 9*i, 40), ('red', 'blue')[i % 2]).save(Path(folder)/f'{i}.{("png", "jpg")[i % 2]}')
+    Path(folder, 'broken.png').write_bytes(b'no picture')
+
+
+@pytest.mark.parametrize('method', ['inversion', 'lora', 'dreambooth'])
+def test_finetuning(terminal, painter, method):
+    "A word is learned, and `generate --with` draws with it: another picture, if the prompt has the word"
+    examples()
+    words = 'finetune', 'pictures', '--token', '<blob>', '--weights', painter, '--seed', 3, '--lr', .1
+    code, out, err = terminal(*words, '--method', method, '--steps', 2, '--batch', 2, '--device', 'cpu')
+    assert code == 0, err
+    assert 'broken.png' in err and out.startswith('my_blob: <blob> from the pictures in pictures, by ' + method)
+    assert 'generate "a red <blob>" --with my_blob' in out and 'prior' not in out
+    drawn = {}
+    for name, more in {'before': (), 'after': ('--with', 'my_blob')}.items():
+        code, _, err = terminal('generate', 'a red <blob>', '--weights', painter, '--seed', 1, '--steps', 3,
+                                '-o', f'{name}.png', *more)
+        assert code == 0 and ('<blob>' in err or 'blob' in err) == (name == 'before'), err
+        drawn[name] = np.asarray(Image.open(f'{name}.png'))
+    assert not np.array_equal(drawn['before'], drawn['after'])
+    code, _, err = terminal('generate', 'a red <blob>', '--weights', painter, *('--with', 'my_blob')*2, '-o', 'a.png')
+    assert code == 2 and '<blob>' in err and 'a.png' not in left()  # one word cannot mean two things
+    code, out, err = terminal(*words, '--method', method)  # what is there is not overwritten
+    assert code == 2 and not out and 'my_blob' in err
+
+
+def test_interrupted_finetuning_goes_on(terminal, painter, monkeypatch):
+    from sdcourse import finetuning
+    examples()
+    def finetune(pipe, pictures, token, output, method='inversion'):
+        output.mkdir(exist_ok=True)
+        (output/'checkpoint.pt').touch()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(finetuning, 'finetune', finetune)
+    words = 'finetune', 'pictures', '--token', '<blob>', '--weights', painter, '-o', 'mine'
+    for begins in ('mine: <blob>', 'mine: going on from checkpoint.pt'):
+        code, out, err = terminal(*words)
+        assert code == 130 and out.startswith(begins) and 'goes on after the last whole epoch' in err
+
+
+@pytest.mark.parametrize('words, what', [
+    (['nowhere', '--token', '<a>'], 'nowhere'), (['pictures', '--token', 'a'], "'a'"),
+    (['pictures', '--token', '<a>', '--method', 'magic'], "'magic'"), (['pictures'], '--token'),
+    (['empty', '--token', '<a>'], 'empty'), (['pictures', '--token', '<a>', '--steps', '0'], "'0'"),
+    (['pictures', '--token', '<a>', '--initial', 'unicorn'], 'unicorn'),
+    (['pictures', '--token', '<a>', '-o', 'pictures'], 'pictures')])
+def test_finetuning_of_what(terminal, painter, words, what):
+    examples()
+    Path('empty').mkdir()
+    before = left()
+    code, out, err = terminal('finetune', *words, '--weights', painter)
+    assert code == 2 and what in err and err.splitlines()[-1].startswith('sdcourse') and left() == before
+
+
+def test_with_what(terminal, painter):
+    "A folder that teaches nothing, or is not there"
+    Path('empty').mkdir()
+    for folder in ('empty', 'nowhere'):
+        code, out, err = terminal('generate', '7', '--weights', painter, '--with', folder, '-o', 'a.png')
+        assert code == 2 and folder in err and left() == ['empty']
+
+
 def test_checkpoint_that_is_none(terminal):
     Path('mine').mkdir()
     Path('mine/checkpoint.pt').write_bytes(b'no checkpoint')
