@@ -426,11 +426,11 @@ def _first_vectors(pipe, word, k):
 
 def _prior_prompts():
     "What the course's model should go on drawing as it does: captions of lesson 01, each eighth one empty"
-    return [scene.caption*(i % 8 > 0) for i, scene in enumerate(Scenes('train', 96, seed=12).batch(range(96))[1])]
+    return [scene.caption*(i % 8 > 0) for i, scene in enumerate(Scenes('train', 256, seed=12).batch(range(256))[1])]
 
 def _draw_prior(pipe, prompts, bs, side, seed):
-    "What a pipeline draws now, as latents, and the ids of the prompts"
-    words = dict(num_inference_steps=25, guidance_scale=4., height=side, width=side, output_type='latent')
+    "What a pipeline draws now, without guidance, as latents; the ids of the prompts"
+    words = dict(num_inference_steps=25, guidance_scale=1., height=side, width=side, output_type='latent')
     parts = [pipe(prompts[i:i + bs], generator=torch.Generator().manual_seed(seed + i), **words).images
              for i in range(0, len(prompts), bs)]
     return torch.cat(parts).float().cpu(), _ids(pipe.tokenizer, prompts)
@@ -485,7 +485,7 @@ def finetune(
     steps:int|None=None, lr:float|None=None, bs:int=8, # None: as in `METHODS`; pictures in a batch
     vectors:int=1, initial:str|None=None, # of the token; the word that it begins as, None: the mean of all
     rank:int=4, # of LoRA's updates
-    prior:Sequence[str]|None=None, # prompts whose pictures are to stay; None: 96 of lesson 01, for inversion none
+    prior:Sequence[str]|None=None, # prompts whose pictures are to stay; None: 256 of lesson 01, for inversion none
     size:int|None=None, seed:int=0, # side of the pictures, None: as the U-Net was made for; of everything random
     resumable:bool=True, progress:bool=True, # keep a checkpoint after each tenth; show fastai's bar and table
 ) -> dict: # the manifest: method, token, steps, seconds, losses, sha256, …

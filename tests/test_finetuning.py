@@ -692,7 +692,7 @@ def test_options(pipe, pictures, tmp_path):
     half = load_finetuned(pipe, tmp_path/'a', scale=.5)
     assert {layer.scale for layer in lora_layers(half.unet).values()} == {.5}
     assert train(pipe, pictures, tmp_path/'b', steps=23)['losses'][-1]['epoch'] == 9
-    assert len(finetuning._prior_prompts()) == 96 and finetuning._prior_prompts()[::8] == ['']*12
+    assert len(finetuning._prior_prompts()) == 256 and finetuning._prior_prompts()[::8] == ['']*32
 
 
 def test_it_learns_what_the_pictures_show(pipe, pictures, tmp_path):
