@@ -64,7 +64,8 @@ def choose_scheduler(
         raise ValueError(f'{kind.__name__} has no spacing {spacing!r}; allowed: {", ".join(spacings(kind)) or "none"}')
     if issubclass(kind, KarrasScheduler):
         options = {**options, **{f'use_{n}_sigmas': spacing == n for n in ('karras', 'exponential')}}
-    return kind, options if spacing in ('karras', 'exponential') else {**options, 'timestep_spacing': spacing}
+    if spacing not in ('karras', 'exponential'): options = {**options, 'timestep_spacing': spacing}
+    return kind, options
 
 # %% ../nbs/15_widgets.ipynb #69824595
 def draw_steps(
@@ -264,7 +265,7 @@ def as_png(
     "A figure as a file; matplotlib forgets it, so that the notebook does not show it a second time."
     import matplotlib.pyplot as plt
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=80, bbox_inches='tight')
+    figure.savefig(file, format='png', dpi=80)
     plt.close(figure)
     return file.getvalue()
 
