@@ -114,7 +114,8 @@ class GradientLab(PictureLab):
         self.x = (mnist('test')[0][0] if image is None else image).clone()
         options = [*((str(i), i) for i in range(10)), ('not a digit', NOT_A_DIGIT)]
         self.label = w.Dropdown(options=options, value=label, description='should be')
-        self.follow, self.clear = (w.Button(description=name) for name in ('follow', 'clear'))
+        below = w.Layout(margin='2px 2px 2px 90px')                           # where the menu begins
+        self.follow, self.clear = (w.Button(description=name, layout=below) for name in ('follow', 'clear'))
         self.follow.on_click(lambda _: self.go())
         self.clear.on_click(lambda _: self._put(torch.full_like(self.x, -1)))
         self.board = Board(14, _GREYS, lambda old: _DARK if old == _BRIGHT else _BRIGHT, self._clicked, 'picture', 18)
@@ -184,12 +185,12 @@ class LatentLab(PictureLab):
         self.vae = vae or AutoencoderKL.from_pretrained('scenes/vae')
         image = Scenes('test', 1)[0].image if image is None else image
         with torch.no_grad(): mean = self.vae.encode(image[None]).latent_dist.mean
-        self.start = mean*self.vae.config.scaling_factor                      # (1,4,h/8,w/8)
+        self.start = (10*mean*self.vae.config.scaling_factor).round().clamp(-60, 60)/10   # as the sliders can show it
         self.z, (height, width) = self.start.clone(), mean.shape[2:]
         self.row = w.IntSlider(height//2, 0, height - 1, description='row')
         self.column = w.IntSlider(width//2, 0, width - 1, description='column')
         self.values = [w.FloatSlider(0, min=-6, max=6, step=.1, description=f'channel {i}') for i in range(4)]
-        self.reset = w.Button(description='as it was')
+        self.reset = w.Button(description='as it was', layout=w.Layout(margin='2px 2px 2px 90px'))
         self.reset.on_click(lambda _: self._read(self.start))
         for place in (self.row, self.column): place.observe(lambda _: self._read(self.z), 'value')
         self._read(self.z)

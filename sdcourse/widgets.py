@@ -250,14 +250,15 @@ class Lab:
 # %% ../nbs/15_widgets.ipynb #9225da6a
 def picture(
     about:str, # what it shows, for who can't see it
-    css:str = '', # a CSS class
+    css:str = '', # a CSS class, if any
     value:bytes = b'', # of a PNG file
 ): # an `ipywidgets.Image`
     "A picture with a title, which a screen reader reads: the front-end sets one only for widgets with a description."
     import ipywidgets as w
     from traitlets import Unicode
     described = type('Image', (w.Image,), {'description': Unicode('').tag(sync=True)})
-    return described(value=value, format='png', tooltip=about).add_class(css)
+    image = described(value=value, format='png', tooltip=about)
+    return image.add_class(css) if css else image
 
 def as_png(
     figure, # of matplotlib
