@@ -233,6 +233,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdcourse.labs.SchedulerRace._race': ('labs.html#schedulerrace._race', 'sdcourse/labs.py'),
                                'sdcourse.labs.SchedulerRace._show': ('labs.html#schedulerrace._show', 'sdcourse/labs.py'),
                                'sdcourse.labs.SchedulerRace.figure': ('labs.html#schedulerrace.figure', 'sdcourse/labs.py'),
+                               'sdcourse.labs._panels': ('labs.html#_panels', 'sdcourse/labs.py'),
+                               'sdcourse.labs._tile': ('labs.html#_tile', 'sdcourse/labs.py'),
                                'sdcourse.labs._tiles': ('labs.html#_tiles', 'sdcourse/labs.py'),
                                'sdcourse.labs.mean_map': ('labs.html#mean_map', 'sdcourse/labs.py'),
                                'sdcourse.labs.steps_within': ('labs.html#steps_within', 'sdcourse/labs.py'),
