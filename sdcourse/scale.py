@@ -4,12 +4,12 @@
 __all__ = ['PICTURES', 'share', 'Distributed', 'join', 'Example', 'decode', 'PictureFolder', 'write_shards', 'read_shard',
            'Shards', 'ShardLoader', 'captioned_dataloaders']
 
-# %% ../nbs/11b_scale.ipynb #2ebdd01f
+# %% ../nbs/11b_scale.ipynb #7fdb3ec8
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
-from itertools import cycle, islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,7 +253,7 @@ class Shards:
         for held in chunked((e for i in files for e in read_shard(self[i])), self.buffer):
             yield from (held[i] for i in order([*range(len(held))])) if order else held
 
-# %% ../nbs/11b_scale.ipynb #a2df5cd7
+# %% ../nbs/11b_scale.ipynb #274ed314
 class ShardLoader(DataLoader):
     "Batches out of `Shards`: the items are the files. An epoch is about as long as all of them."
     def __len__(self):
@@ -265,8 +265,9 @@ class ShardLoader(DataLoader):
         files:Iterable[int], # their numbers, in the order of this epoch
     ) -> Iterator: # what `create_batch` makes of so many examples
         "In training, as many as promised: who has fewer pictures than others begins again."
-        files = [*files]
-        stream = self.dataset.examples(*((cycle(files), self.shuffle_fn) if self.shuffle else (files,)))
+        files, order = [*files], self.shuffle_fn if self.shuffle else None
+        passes = repeat(files) if self.shuffle else [files]
+        stream = (example for each in passes for example in self.dataset.examples(each, order))
         batches = map(self.create_batch, chunked(stream, self.bs))
         yield from islice(batches, len(self)) if self.shuffle else batches
 

@@ -62,5 +62,6 @@ def test_peers(quick):
     ('limits', '--repeats 0', '--repeats must be'), ('peers', '--seconds 0', '--seconds must be above 0'),
     ('peers', '--n 100', '--n must lie between')])
 def test_wrong(root, name, words, said):
-    done = subprocess.run([sys.executable, root/'benchmarks'/f'{name}.py', *words.split()], capture_output=True, text=True)
+    command = [sys.executable, root/'benchmarks'/f'{name}.py', *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and not done.stdout
