@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
-           'fit_pictures', 'by_prompt', 'train', 'readable', 'show_facts', 'find_port', 'play_notebook', 'play',
-           'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons', 'info', 'make_parser', 'main']
+           'fit_pictures', 'by_prompt', 'several', 'train', 'readable', 'show_facts', 'find_port', 'play_notebook',
+           'play', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons', 'info', 'make_parser',
+           'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -12,12 +13,13 @@ import errno
 import inspect
 import json
 import math
+import os
 import random
 import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module, util
 from importlib.metadata import version
@@ -251,12 +253,20 @@ TRAININGS = {  # name -> module, what is trained, what it is for
                'sdcourse generate PROMPT --weights {} draws with it'),
 }
 
+# %% ../nbs/99_cli.ipynb #afea5f9a
+def several() -> int:  # 0: this process is alone
+    "How many processes `accelerate launch` has started to train together"
+    size = int(os.environ.get('WORLD_SIZE', 1))
+    return size if size > 1 else 0
+
 # %% ../nbs/99_cli.ipynb #5219a076
 def train(
     args,  # model, output, device, and what else the training knows
 ):
     "Train a model of the course and save it in a new folder; in that of a training that was cut short, go on"
     start, (module, about, then) = time.perf_counter(), TRAININGS[args.model]
+    if several() and args.model != 'scenes':
+        raise ValueError(f'of the trainings, only scenes runs in several processes, got {args.model} in {several()}')
     import torch
 
     from sdcourse.training import CHECKPOINT
@@ -494,6 +504,8 @@ def _add_train(commands):
         models.choices[name].add_argument('-n', '--n', type=number(1, 10_000_000, int), help='new scenes in each epoch')
     models.choices['scenes'].add_argument('--parts', type=Path, metavar='FOLDER', help='use FOLDER/vae and FOLDER/clip '
                                           '(default: the shipped ones)')
+    models.choices['scenes'].add_argument('--data', type=Path, metavar='FOLDER', help='pictures with captions, or tar '
+                                          'files of them, instead of new scenes (lesson 11b)')
 
 # %% ../nbs/99_cli.ipynb #b3159670
 def make_parser() -> Parser:  # knows every command
@@ -529,7 +541,11 @@ def main(
         try:
             args = (parser := make_parser()).parse_args(argv)
             if args.command is None: return parser.print_help() or 0
-            return args.run(args) or 0
+            with nullcontext() if os.environ.get('RANK', '0') == '0' else redirect_stdout(None):
+                return args.run(args) or 0
         except ValueError as e: return fail(e, 2)
         except (OSError, MemoryError) as e: return fail(str(e) or type(e).__name__, 1)
         except KeyboardInterrupt as e: return fail(str(e) or 'interrupted', 130)
+
+# %% ../nbs/99_cli.ipynb #f1f5984f
+if __name__ == '__main__': sys.exit(main())

@@ -259,7 +259,7 @@ def test_training(terminal, monkeypatch, name):
     calls = trainer(monkeypatch, name)
     line = f'train {name} -o mine --epochs 2 --batch 64 --lr 0.001 --seed 3 --device cpu --dtype bfloat16'
     more = {} if name == 'digits' else {'n': 500}
-    if name == 'scenes': more['parts'] = Path('parts')
+    if name == 'scenes': more |= {'parts': Path('parts'), 'data': Path('data')}
     code, out, _ = terminal(*line.split(), *(word for pair in more.items() for word in (f'--{pair[0]}', pair[1])))
     assert code == 0 and out.startswith(f'mine: {cli.TRAININGS[name][1]}\n') and 'mine: trained in' in out
     assert dict(digits='sdcourse digits --weights mine', scenes='sdcourse generate PROMPT --weights mine').get(
@@ -282,6 +282,30 @@ def test_interrupted_training_goes_on(terminal, monkeypatch, name):
     assert err == 'sdcourse: interrupted; the same command goes on after the last whole epoch\n'
     code, out, err = terminal('train', name, '-o', 'mine')
     assert code == 0 and out.startswith('mine: going on from checkpoint.pt\n') and len(calls) == 3
+
+
+@pytest.mark.parametrize('name', ['digits', 'vae', 'clip', 'classifier'])
+def test_only_scenes_train_together(terminal, monkeypatch, name):
+    "`accelerate launch` of any other training"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code, out, err = terminal('train', name, '-o', 'mine', '--device', 'cpu')
+    assert code == 2 and not out and err == ('sdcourse: of the trainings, only scenes runs in several processes, '
+                                             f'got {name} in 2\n')
+    assert not Path('mine').exists()
+
+
+def test_the_first_process_speaks(terminal, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setenv('RANK', str(rank))
+        code, out, err = terminal('lessons')
+        assert code == 0 and bool(out) == (rank == 0) and not err
+
+
+def test_as_a_module(root):
+    "What `accelerate launch -m sdcourse.cli` runs"
+    command = [sys.executable, '-W', 'error', '-m', 'sdcourse.cli', 'lessons']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and '11b_scale.ipynb' in done.stdout and not done.stderr
 
 
 def test_checkpoint_that_is_none(terminal):
