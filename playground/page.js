@@ -67,7 +67,7 @@ function receive({ data }) {
     draw()
   } else if (data.id === undefined) giveUp(data.failed)
   else if (data.id != wish) return
-  else if (data.failed) say(data.failed)
+  else if (data.failed) stop(data.failed)
   else if (data.seconds !== undefined) finish(data.seconds)
   else {
     if (data.i == 0) begin(data)
@@ -86,8 +86,12 @@ function begin({ of }) {
 
 function finish(seconds) {
   if (step > frames.length) show(frames.length)
-  say(`${frames.length} ${frames.length > 1 ? 'steps' : 'step'} in ${seconds.toFixed(1)} s, here in your browser.`)
-  document.body.dataset.done = wish  // for whoever waits for it
+  stop(`${frames.length} ${frames.length > 1 ? 'steps' : 'step'} in ${seconds.toFixed(1)} s, here in your browser.`)
+}
+
+function stop(text) {
+  $('stage').ariaBusy = 'false'
+  say(text)
 }
 
 function giveUp(why) {
@@ -112,8 +116,9 @@ async function load() {
 
 function draw() {
   wish++
-  clearInterval(playing)
+  pause()
   if (!ready) return preview()
+  $('stage').ariaBusy = 'true'
   const image = settings.image && toTensor(board.pixels)
   worker.postMessage({ id: wish, settings: { ...settings, image } })
 }
@@ -165,20 +170,21 @@ function set(values) {
 // ---- the timeline
 
 let playing
+function pause() {
+  clearInterval(playing)
+  playing = undefined
+  $('play').textContent = '▶'
+  $('play').ariaLabel = 'Play the steps'
+}
+
 function play() {
-  const stop = () => {
-    clearInterval(playing)
-    playing = undefined
-    $('play').textContent = '▶'
-    $('play').setAttribute('aria-label', 'Play the steps')
-  }
-  if (playing) return stop()
+  if (playing) return pause()
   let place = Number($('step').value) % frames.length
   $('play').textContent = '⏸'
-  $('play').setAttribute('aria-label', 'Pause')
+  $('play').ariaLabel = 'Pause'
   playing = setInterval(() => {
-    if (place < frames.length) look(++place)
-    else stop()
+    look(++place)
+    if (place == frames.length) pause()
   }, Math.max(80, 2500 / frames.length))
 }
 

@@ -1,8 +1,8 @@
 """Build the playground: a page that runs the course's models in the reader's browser (`playground/`).
 
-`tools/site.py` puts it into the site; `python tools/playground.py FOLDER` builds it alone. The models are exported to ONNX
-(lesson 11b), the runtime comes from npm, pinned by the lockfile. Both are costly, so they are kept in `build/playground`
-and made anew when what they are made of has changed.
+`tools/site.py` puts it into the site; `python tools/playground.py FOLDER` builds it alone. The models are exported to
+ONNX (lesson 11b), the runtime comes from npm, pinned by the lockfile. Both are costly, so they are kept in
+`build/playground`, and made anew when what they are made of has changed.
 """
 import argparse
 import gzip
@@ -50,12 +50,12 @@ def install_runtime(source: Path, folder: Path):
     "The two files of onnxruntime-web that the page needs, by npm"
     node = {name: shutil.which(name) for name in ('node', 'npm')}
     if missing := [name for name, path in node.items() if not path]:
-        raise PlaygroundError(f'the playground needs Node.js 18 or newer with npm, and {" and ".join(missing)} is missing: '
-                              'install them (Debian, Ubuntu: apt-get install nodejs npm)')
+        raise PlaygroundError(f'the playground needs Node.js 18 or newer with npm; there is no {" and no ".join(missing)}: '
+                              'install it (Debian, Ubuntu: apt-get install nodejs npm)')
     folder.mkdir()
     for name in ('package.json', 'package-lock.json'): shutil.copy(source/name, folder)
-    done = subprocess.run([node['npm'], 'ci', '--ignore-scripts', '--no-audit', '--no-fund'], cwd=folder, capture_output=True,
-                          text=True)
+    command = [node['npm'], 'ci', '--ignore-scripts', '--no-audit', '--no-fund']
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode: raise PlaygroundError(f'npm ci failed: {done.stderr.strip()}')
     for name in RUNTIME: shutil.copy(folder/'node_modules/onnxruntime-web/dist'/name, folder)
     shutil.rmtree(folder/'node_modules')
@@ -79,7 +79,8 @@ def pack(source: Path, target: Path) -> dict:
     target.parent.mkdir(parents=True, exist_ok=True)
     content = gzip.compress(source.read_bytes(), 9, mtime=0)
     target.write_bytes(content)
-    return dict(url=f'{target.parent.name}/{target.name}?v={hashlib.sha256(content).hexdigest()[:8]}', bytes=len(content))
+    address = f'{target.parent.name}/{target.name}?v={hashlib.sha256(content).hexdigest()[:8]}'
+    return dict(url=address, bytes=len(content))
 
 
 def describe(mode: str, model: Path, files: dict) -> dict:
