@@ -48,13 +48,12 @@ def kept(cache: Path, name: str, key: str, make) -> Path:
 
 def install_runtime(source: Path, folder: Path):
     "The two files of onnxruntime-web that the page needs, by npm"
-    node = {name: shutil.which(name) for name in ('node', 'npm')}
-    if missing := [name for name, path in node.items() if not path]:
-        raise PlaygroundError(f'the playground needs Node.js 18 or newer with npm; there is no {" and no ".join(missing)}: '
-                              'install it (Debian, Ubuntu: apt-get install nodejs npm)')
+    if missing := [name for name in ('node', 'npm') if not shutil.which(name)]:
+        raise PlaygroundError(f'the playground needs Node.js 18 or newer with npm; no {" and no ".join(missing)} here '
+                              '(Debian, Ubuntu: apt-get install nodejs npm)')
     folder.mkdir()
     for name in ('package.json', 'package-lock.json'): shutil.copy(source/name, folder)
-    command = [node['npm'], 'ci', '--ignore-scripts', '--no-audit', '--no-fund']
+    command = [shutil.which('npm'), 'ci', '--ignore-scripts', '--no-audit', '--no-fund']
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode: raise PlaygroundError(f'npm ci failed: {done.stderr.strip()}')
     for name in RUNTIME: shutil.copy(folder/'node_modules/onnxruntime-web/dist'/name, folder)
