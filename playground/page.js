@@ -118,7 +118,7 @@ function draw() {
   wish++
   pause()
   if (!ready) return preview()
-  $('stage').ariaBusy = 'true'
+  Object.assign($('stage'), { ariaBusy: 'true' }).dataset.wish = wish
   const image = settings.image && toTensor(board.pixels)
   worker.postMessage({ id: wish, settings: { ...settings, image } })
 }
@@ -317,6 +317,7 @@ async function start() {
   model = (await answer.json())[mode]
   if (model.vocab) tokenizer = new Tokenizer(model)
   document.body.dataset.mode = mode
+  document.querySelector(`nav [href$=${mode}]`).ariaCurrent = 'page'
   $('unable').remove()
   document.querySelector('.bench').hidden = false
   setUpFields()
