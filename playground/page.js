@@ -9,7 +9,8 @@ import { anyPrompt, remarks } from './words.js'
 
 const $ = id => document.getElementById(id)
 const megabytes = bytes => `${(bytes / 1e6).toFixed(1)} MB`
-const NOTES = { ddim: 'DDIM', ddpm: 'DDPM: fresh noise', euler_a: 'Euler ancestral: fresh noise', 'dpm++': 'DPM-Solver++' }
+const NOTES = { ddim: 'DDIM', ddpm: 'DDPM: fresh noise', euler_a: 'Euler ancestral: fresh noise', 'dpm++': 'DPM-Solver++',
+  x0: 'x̂₀, the picture in it', xt: 'xₜ, what it sees' }
 const SUGGESTIONS = { digits: ['7', '2025', '0123', '88'], scenes: ['a bold red seven above a blue 3', 'un sette rosso sopra un 3 blu',
   'a thin white zero left of a pink 8', 'uno zero giallo spesso', 'a green 2 below a thin orange nine'] }
 
@@ -246,7 +247,7 @@ function setUpFields() {
   for (const [name, field] of Object.entries(fields)) {
     const control = $(name)
     if (!control) continue
-    if (name == 'scheduler') control.append(...field.allowed.split(', ').map(value => new Option(NOTES[value], value)))
+    if (control.matches('select')) control.append(...field.allowed.split(', ').map(value => new Option(NOTES[value], value)))
     if (field.max !== undefined) Object.assign(control, { min: field.min, max: field.max, step: field.step })
     control.addEventListener('input', () => {
       const value = field.read(control.value)

@@ -9,9 +9,10 @@ const text = (value, pattern = /^/, allowed = 'a text') => ({ value, read: t => 
 export const FIELDS = {
   scenes: { prompt: text('a bold red seven above a blue 3'), negative: text(''), guidance: number(4, 0, 12, .5),
     steps: number(25, 1, 50, 1), scheduler: choice('ddim', 'euler_a', 'dpm++'), seed: number(0, 0, 2 ** 32 - 1, 1),
-    strength: number(.8, .05, 1, .05), image: text('', /^[\w-]*$/, 'a PNG file in base64url') },
+    view: choice('x0', 'xt'), strength: number(.8, .05, 1, .05), image: text('', /^[\w-]*$/, 'a PNG file in base64url') },
   digits: { prompt: text('7', /^\d{1,4}$/, 'one to four digits'), guidance: number(1.5, 0, 6, .1), steps: number(25, 1, 50, 1),
-    scheduler: choice('ddim', 'ddpm', 'euler_a', 'dpm++'), seed: number(0, 0, 2 ** 32 - 1, 1) },
+    scheduler: choice('ddim', 'ddpm', 'euler_a', 'dpm++'), seed: number(0, 0, 2 ** 32 - 1, 1),
+    view: choice('x0', 'xt') },
 }
 
 // Settings of an address's search and hash, and complaints about what is not allowed there

@@ -16,10 +16,10 @@ const breathe = () => new Promise(resolve => {
 async function draw({ id, settings }) {
   const began = performance.now(), scenes = settings.mode == 'scenes', show = scenes ? falseColours : digits
   for await (const { i, of, t, rates, seen, x, x0, eps } of denoise(model, settings)) {
-    const clean = i == of - 1 ? x : x0
-    const picture = scenes ? colours(await decode(model, clean)) : digits(clean)
+    const large = i == of - 1 ? x : settings.view == 'xt' ? seen : x0
+    const picture = scenes ? colours(await decode(model, large)) : digits(large)
     if (id != newest) return
-    postMessage({ id, i, of, t, rates, picture, xt: show(seen), x0: show(x0), eps: show(eps), x })
+    postMessage({ id, i, of, t, rates, picture, xt: show(seen), x0: show(x0), eps: show(eps) })
     await breathe()
     if (id != newest) return
   }

@@ -27,8 +27,8 @@ from sdcourse.pipeline import StableDiffusionPipeline, parse_weights, token_rows
 from sdcourse.schedulers import make_scheduler
 
 SCENE = dict(mode='scenes', prompt='a bold red seven above a blue 3', negative='', guidance=4, steps=25,
-             scheduler='ddim', seed=0, strength=.8, image='')
-DIGIT = dict(mode='digits', prompt='7', guidance=1.5, steps=25, scheduler='ddim', seed=0)
+             scheduler='ddim', seed=0, view='x0', strength=.8, image='')
+DIGIT = dict(mode='digits', prompt='7', guidance=1.5, steps=25, scheduler='ddim', seed=0, view='x0')
 
 
 @pytest.fixture(scope='session')
@@ -166,10 +166,11 @@ def test_same_steps(node, pipe, mode, kind):
         else:
             if begin: scheduler.set_begin_index(begin)
             x = scheduler.add_noise(x0, case['eps'][None], times[:1])
+        before = 0.
         for t, v, step in zip(times, case['vs'], found['found']):
-            close(step['seen'], scheduler.scale_model_input(x, t), 2e-5)
+            close(step['seen'], scheduler.scale_model_input(x, t), 2e-5, before)
             done = scheduler.step(v[None], t, x, generator=generator)
-            close(step['x0'], done.pred_original_sample, 2e-5)
+            close(step['x0'], done.pred_original_sample, 2e-5, before)
             before, x = x.abs().max(), done.prev_sample
             close(step['x'], x, 2e-5, before)
 
@@ -493,6 +494,11 @@ def test_timeline_shows_every_step(visit, live):
     assert 'step=2' in live.url
     signal, noise = map(float, re.findall(r'\d\.\d\d', live.inner_text('#equation')))
     assert abs(signal**2 + noise**2 - 1) < .02
+    live.select_option('#view', 'xt')
+    last = finish(live)
+    live.fill('#step', '1')
+    assert difference(last, seen[-1][0]) == 0 and look(live).std() > seen[0][0].std(), 'noise, and the same in the end'
+    live.fill('#step', '2')
     live.click('#play')
     says(live, 'place', 'step 6')
 
