@@ -128,9 +128,9 @@ function draw() {
 
 const say = text => { $('status').textContent = text }
 
-function changed() {
+function changed(stay = 0) {
   complaints = []
-  step = 0
+  step = stay
   tell()
   draw()
   remember()
@@ -253,7 +253,7 @@ function setUpFields() {
       const value = field.read(control.value)
       spoiled = value === undefined ? `${JSON.stringify(control.value)} cannot be used; allowed: ${field.allowed}.` : ''
       if (value === undefined) tell()
-      else { settings[name] = value; changed() }
+      else { settings[name] = value; changed(name == 'view' ? step : 0) }
     })
   }
 }
