@@ -1,7 +1,7 @@
 """Build the playground: a page that runs the course's models in the reader's browser (`playground/`).
 
-`tools/site.py` puts it into the site; `python tools/playground.py FOLDER` builds it alone. The models are exported to
-ONNX (lesson 11b), the runtime comes from npm, pinned by the lockfile. Both are costly, so they are kept in
+`tools/site.py` puts it into the site; `python tools/playground.py FOLDER` builds it alone. `sdcourse.export` makes
+ONNX files of the models, the runtime comes from npm, pinned by the lockfile. Both are costly, so they are kept in
 `build/playground`, and made anew when what they are made of has changed.
 """
 import argparse
