@@ -4,7 +4,7 @@
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
            'fit_pictures', 'by_prompt', 'train', 'readable', 'show_facts', 'lessons_folder', 'front_matter',
-           'find_lessons', 'copy_lessons', 'lessons', 'info', 'make_parser', 'main']
+           'find_lessons', 'copy_lessons', 'lessons', 'info', 'export', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -441,6 +441,26 @@ def _add_train(commands):
     models.choices['scenes'].add_argument('--parts', type=Path, metavar='FOLDER', help='use FOLDER/vae and FOLDER/clip '
                                           '(default: the shipped ones)')
 
+# %% ../nbs/99_cli.ipynb #1ec96bb7
+def export(
+    args,  # weights, output, dtype
+):
+    "Write each part of a model as a graph that runs without Python (lesson 11b)"
+    from sdcourse.export import export_onnx
+    files = export_onnx(args.weights, args.output, args.dtype)['files']
+    print(f'{args.output}: {len(files) + 1} files, {sum(file["bytes"] for file in files.values())/1e6:.1f} MB')
+
+def _add_export(commands):
+    "The words of `sdcourse export`"
+    p = commands.add_parser('export', help='write a model as graphs for other programs', description=export.__doc__)
+    p.add_argument('weights', metavar='FOLDER', help='scenes, digits, a folder, or OWNER/NAME on the hub')
+    p.add_argument('--to', choices=['onnx'], default='onnx', help='(default: onnx)')
+    p.add_argument('-o', '--output', type=Path, default=Path('my_graphs'), metavar='FOLDER',
+                   help='a new folder (default: my_graphs)')
+    p.add_argument('--dtype', choices=['float32', 'float16', 'int8'], default='float16',
+                   help='of the stored weights (default: float16)')
+    p.set_defaults(run=export)
+
 # %% ../nbs/99_cli.ipynb #b3159670
 def make_parser() -> Parser:  # knows every command
     "All that may be typed"
@@ -449,6 +469,7 @@ def make_parser() -> Parser:  # knows every command
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command')
     _add_draw(commands)
     _add_train(commands)
+    _add_export(commands)
     p = commands.add_parser('lessons', help='list the lessons, or copy them', description=lessons.__doc__)
     p.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='copy them there, to work on them')
     p.set_defaults(run=lessons)

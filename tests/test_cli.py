@@ -77,8 +77,8 @@ def test_help_is_quick():
     assert min(times) < 0.5, times
 
 
-COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'lessons',
-            'info']
+COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'export',
+            'lessons', 'info']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
