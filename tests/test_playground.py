@@ -68,6 +68,14 @@ def as_image(picture):
     return np.array(picture['data'], dtype=np.uint8).reshape(picture['height'], picture['width'], 4)[..., :3]
 
 
+def test_missing_npm_is_named_in_one_line(root, tmp_path, monkeypatch):
+    import playground
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(playground.PlaygroundError, match='needs Node.js 18 or newer with npm; no node and no npm') as e:
+        playground.install_runtime(root/'playground', tmp_path/'runtime')
+    assert '\n' not in str(e.value)
+
+
 # ---- its JavaScript, in Node.js
 
 def test_a_seed_means_the_same_noise(node):

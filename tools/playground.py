@@ -46,6 +46,12 @@ def kept(cache: Path, name: str, key: str, make) -> Path:
     return folder
 
 
+def compress(path: Path):
+    "Put a compressed file in the place of a file"
+    path.with_name(f'{path.name}.gz').write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+    path.unlink()
+
+
 def install_runtime(source: Path, folder: Path):
     "The two files of onnxruntime-web that the page needs, by npm"
     if missing := [name for name in ('node', 'npm') if not shutil.which(name)]:
@@ -58,12 +64,14 @@ def install_runtime(source: Path, folder: Path):
     if done.returncode: raise PlaygroundError(f'npm ci failed: {done.stderr.strip()}')
     for name in RUNTIME: shutil.copy(folder/'node_modules/onnxruntime-web/dist'/name, folder)
     shutil.rmtree(folder/'node_modules')
+    compress(folder/RUNTIME[1])
 
 
 def export_model(mode: str, folder: Path):
     "A model as ONNX files whose weights are as exact as the shipped ones"
     from sdcourse.export import export_onnx
     export_onnx(mode, folder, 'float16')
+    for path in folder.glob('*/model.onnx'): compress(path)
 
 
 def grammar() -> dict:
@@ -73,11 +81,11 @@ def grammar() -> dict:
                 digits=dict(en=data._ENGLISH, it=data._ITALIAN))
 
 
-def pack(source: Path, target: Path) -> dict:
-    "Compress a file; how many bytes it has then, and an address that changes with it"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.compress(source.read_bytes(), 9, mtime=0)
-    target.write_bytes(content)
+def place(source: Path, target: Path) -> dict:
+    "Copy a file; how many bytes it has, and an address that changes with it"
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(source, target)
+    content = target.read_bytes()
     address = f'{target.parent.name}/{target.name}?v={hashlib.sha256(content).hexdigest()[:8]}'
     return dict(url=address, bytes=len(content))
 
@@ -100,21 +108,21 @@ def build(
     cache: Path=ROOT/'build/playground', # for what is costly
 ):
     "Everything that a static host needs to serve."
-    code = [*(ROOT/'sdcourse').glob('*.py')]
-    used = ' '.join(version(o) for o in ('torch', 'onnx', 'onnxscript'))
-    lock = fingerprint(source/'package-lock.json')
+    me, code = Path(__file__), (ROOT/'sdcourse').glob('*.py')
+    exporter = fingerprint(me, *code, also=' '.join(version(o) for o in ('torch', 'onnx', 'onnxscript')))
+    lock = fingerprint(me, source/'package-lock.json')
     runtime = kept(cache, 'runtime', lock, lambda folder: install_runtime(source, folder))
     out.mkdir(parents=True)
     for pattern in ('*.html', '*.css', '*.js'):
         for path in source.glob(pattern): shutil.copy(path, out)
     shutil.copy(runtime/RUNTIME[0], out)
     shared = dict(runtime=dict(url=RUNTIME[0], bytes=(out/RUNTIME[0]).stat().st_size),
-                  wasm=pack(runtime/RUNTIME[1], out/'runtime'/f'{RUNTIME[1]}.gz'))
+                  wasm=place(runtime/f'{RUNTIME[1]}.gz', out/'runtime'/f'{RUNTIME[1]}.gz'))
     about = {}
     for mode, parts in PARTS.items():
-        key = fingerprint(*code, ROOT/'sdcourse/pretrained'/mode, also=used)
+        key = fingerprint(ROOT/'sdcourse/pretrained'/mode, also=exporter)
         model = kept(cache, mode, key, lambda folder, mode=mode: export_model(mode, folder))
-        files = {part: pack(model/part/'model.onnx', out/mode/f'{part}.onnx.gz') for part in parts}
+        files = {part: place(model/part/'model.onnx.gz', out/mode/f'{part}.onnx.gz') for part in parts}
         about[mode] = describe(mode, model, {**shared, **files})
     (out/'model.json').write_text(json.dumps(about, ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
 
