@@ -16,7 +16,7 @@ const SUGGESTIONS = { digits: ['7', '2025', '0123', '88'], scenes: ['a bold red 
 
 let { settings, step, complaints } = readAddress(location)  // step: where the timeline stands, 0: at its end
 const { mode } = settings, fields = FIELDS[mode]
-let model, tokenizer                     // what the build wrote down of this mode's model
+let model, tokenizer, stored             // what the build wrote down of this mode's model; whether it is here already
 let worker, ready = false, wish = 0      // the number of the newest wish
 let frames = [], shown                   // of that wish
 let spoiled = ''                         // what is wrong with a control's value
@@ -157,6 +157,8 @@ function tell() {
     remarks(model.grammar, tokenizer, `${settings.prompt} ${settings.negative}`) : []]
   $('remarks').replaceChildren(...said.map(text => Object.assign(document.createElement('li'), { textContent: text })))
   $('lines').textContent = asPython(settings)
+  if (!worker) $('load').textContent = stored ? 'Start: the model is stored here' :
+    `Load the model: ${megabytes(model.bytes + (image ? model.files.vae_encoder.bytes : 0))}`
   $('start').hidden = !image
   $(image ? 'from-picture' : 'from-noise').checked = true
 }
@@ -230,6 +232,7 @@ function setUpBoard() {
     label.append(radio)
     return label
   }))
+  $('more').textContent = `(loads ${megabytes(model.files.vae_encoder.bytes)} more)`
   $('from-noise').addEventListener('input', () => { settings.image = ''; changed() })
   $('from-picture').addEventListener('input', useBoard)
   $('clear').addEventListener('click', () => { board.fill(); useBoard() })
@@ -325,8 +328,7 @@ async function start() {
   setUpWords()
   setUpButtons()
   if (mode == 'scenes') setUpBoard()
-  const stored = await window.caches?.match(new URL(model.files.unet.url, location))
-  $('load').textContent = stored ? 'Start: the model is stored here' : `Load the model: ${megabytes(model.bytes)}`
+  stored = await window.caches?.match(new URL(model.files.unet.url, location))
   addEventListener('hashchange', restore)
   await restore()
 }

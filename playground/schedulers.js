@@ -85,7 +85,7 @@ export class EulerAncestral extends SigmaScheduler {
   addNoise(x0, eps, i) { return mix([1, this.sigmas[i]], [x0, eps]) }
   step(v, i, x, generator) {
     const sigma = this.sigmas[i], goal = this.sigmas[i + 1], { x0 } = this.parts(this.scale(x, i), v, i)
-    const up = Math.sqrt(goal ** 2 * (sigma ** 2 - goal ** 2)) / sigma, down = Math.sqrt(goal ** 2 - up ** 2)
+    const up = goal * Math.sqrt(1 - (goal / sigma) ** 2), down = goal ** 2 / sigma  // the square root of goal² - up²
     return mix([down / sigma, 1 - down / sigma, up], [x, x0, generator.randn(x.length)])
   }
 }

@@ -2,8 +2,8 @@
 // again; of all others the server's is shown as long as there is one.
 
 const NAME = 'sdcourse-playground'
-const PAGE = ['./', 'index.html', 'style.css', 'page.js', 'settings.js', 'words.js', 'pixels.js', 'tokenizer.js', 'random.js',
-  'worker.js', 'models.js', 'pipeline.js', 'schedulers.js', 'ort.wasm.bundle.min.mjs', 'model.json']
+const PAGE = ['./', 'index.html', 'style.css', 'page.js', 'board.js', 'settings.js', 'words.js', 'pixels.js', 'tokenizer.js',
+  'random.js', 'worker.js', 'models.js', 'pipeline.js', 'schedulers.js', 'ort.wasm.bundle.min.mjs', 'model.json']
 
 addEventListener('install', event => {
   skipWaiting()

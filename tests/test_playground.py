@@ -76,6 +76,11 @@ def test_missing_npm_is_named_in_one_line(root, tmp_path, monkeypatch):
     assert '\n' not in str(e.value)
 
 
+def test_all_of_the_page_is_kept_for_use_offline(page):
+    listed = re.findall(r"'([^']+)'", re.search(r'const PAGE = \[(.*?)\]', (page/'sw.js').read_text(), re.DOTALL)[1])
+    assert {*listed} == {'./', *(p.name for p in page.iterdir() if p.is_file() and p.name != 'sw.js')}
+
+
 # ---- its JavaScript, in Node.js
 
 def test_a_seed_means_the_same_noise(node):
@@ -180,6 +185,9 @@ def test_same_steps(node, pipe, mode, kind):
             done = scheduler.step(v[None], t, x, generator=generator)
             close(step['x0'], done.pred_original_sample, 2e-5, before)
             before, x = max(before, x.abs().max()), done.prev_sample
+            if x.isnan().any():  # far from large to small sigmas, Python's goal² - up² may round to below 0
+                assert (mode, kind) == ('digits', 'EulerAncestral') and n == 3 and np.isfinite(step['x']).all()
+                break
             close(step['x'], x, 2e-5, before)
 
 
