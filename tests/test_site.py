@@ -36,9 +36,9 @@ def site(root, source, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def pages(site):
-    "Every page, parsed, by its path"
+    "Every page that was a notebook, parsed, by its path"
     return {p.relative_to(site).as_posix(): BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser')
-            for p in sorted(site.rglob('*.html'))}
+            for p in sorted(site.rglob('*.html')) if p.parent != site/'playground'}
 
 
 @pytest.fixture(scope='session')
