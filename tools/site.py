@@ -37,7 +37,7 @@ CDN = re.compile(r'//(cdn\.jsdelivr\.net|cdnjs\.cloudflare\.com|unpkg\.com|polyf
 IMPORT = re.compile(r'''@import\s*(?:url\(\s*)?(["']?)(?:https?:)?//[^"')]*\1\s*\)?[^;]*;''')
 PICTURES = 'image/svg+xml', 'image/png', 'image/jpeg', 'image/gif'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
-PROGRESS = re.compile(r'\d+%\|')  # a progress bar in text
+PROGRESS = re.compile(r'\d+%\||\d\w+ \[\d\d:\d\d')  # a progress bar in text, with a total or without
 LOADED = {'script': 'src', 'link': 'href', 'img': 'src', 'iframe': 'src', 'source': 'src', 'video': 'src',
           'audio': 'src', 'embed': 'src', 'object': 'data'}  # what a browser fetches with the page
 math_converter = LatexToMathML(annotation=True, allow_unreliable_rendering=True, fancy_error=False)
