@@ -31,8 +31,8 @@ help:
 	@echo 'make test         every check: the quick ones, all notebooks, the site, pytest with a browser'
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
-	@echo 'make site         build the documentation into _docs/'
-	@echo 'make benchmark    what the lessons cost on this machine, and how good the digits are'
+	@echo 'make site         build the documentation and the playground into _docs/ (needs Node.js and npm)'
+	@echo 'make benchmark    how good and how fast the lessons are, beside their peers: benchmarks/*.json, some two hours'
 	@echo 'make execute      run every notebook from a fresh kernel and save the outputs'
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'
 	@echo 'make constraints  write the installed versions down in constraints.txt'
@@ -89,6 +89,10 @@ benchmark: dev
 	@$(WITHIN) python benchmarks/schedulers.py --json benchmarks/schedulers.json
 	@$(WITHIN) python benchmarks/pipeline.py --json benchmarks/pipeline.json
 	@$(WITHIN) python benchmarks/scenes.py --json benchmarks/scenes.json
+	@$(WITHIN) python benchmarks/training.py --json benchmarks/training.json
+	@$(WITHIN) python benchmarks/growth.py --json benchmarks/growth.json
+	@$(WITHIN) python benchmarks/limits.py --json benchmarks/limits.json
+	@$(WITHIN) python benchmarks/peers.py --json benchmarks/peers.json
 
 lessons: dev
 	@$(WITHIN) jupyter lab nbs

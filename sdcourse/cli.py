@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
-           'fit_pictures', 'learned', 'by_prompt', 'going_on', 'train', 'readable', 'show_facts', 'finetune',
+           'fit_pictures', 'learned', 'by_prompt', 'several', 'going_on', 'train', 'readable', 'show_facts', 'finetune',
            'find_port', 'play_notebook', 'play', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons',
-           'lessons', 'info', 'make_parser', 'main']
+           'lessons', 'info', 'export', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -13,12 +13,13 @@ import errno
 import inspect
 import json
 import math
+import os
 import random
 import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module, util
 from importlib.metadata import version
@@ -262,6 +263,12 @@ TRAININGS = {  # name -> module, what is trained, what it is for
                'sdcourse generate PROMPT --weights {} draws with it'),
 }
 
+# %% ../nbs/99_cli.ipynb #afea5f9a
+def several() -> int:  # 0: this process is alone
+    "How many processes `accelerate launch` has started to train together"
+    size = int(os.environ.get('WORLD_SIZE', 1))
+    return size if size > 1 else 0
+
 # %% ../nbs/99_cli.ipynb #6e230170
 @contextmanager
 def going_on(
@@ -282,6 +289,8 @@ def train(
 ):
     "Train a model of the course and save it in a new folder; in that of a training that was cut short, go on"
     start, (module, about, then) = time.perf_counter(), TRAININGS[args.model]
+    if several() and args.model != 'scenes':
+        raise ValueError(f'of the trainings, only scenes runs in several processes, got {args.model} in {several()}')
     import torch
 
     from sdcourse.training import CHECKPOINT
@@ -535,6 +544,28 @@ def _add_train(commands):
         models.choices[name].add_argument('-n', '--n', type=number(1, 10_000_000, int), help='new scenes in each epoch')
     models.choices['scenes'].add_argument('--parts', type=Path, metavar='FOLDER', help='use FOLDER/vae and FOLDER/clip '
                                           '(default: the shipped ones)')
+    models.choices['scenes'].add_argument('--data', type=Path, metavar='FOLDER', help='pictures with captions, or tar '
+                                          'files of them, instead of new scenes (lesson 11b)')
+
+# %% ../nbs/99_cli.ipynb #1ec96bb7
+def export(
+    args,  # weights, output, dtype
+):
+    "Write each part of a model as a graph that runs without Python (lesson 12b)"
+    from sdcourse.export import export_onnx
+    files = export_onnx(args.weights, args.output, args.dtype)['files']
+    print(f'{args.output}: {len(files) + 1} files, {sum(file["bytes"] for file in files.values())/1e6:.1f} MB')
+
+def _add_export(commands):
+    "The words of `sdcourse export`"
+    p = commands.add_parser('export', help='write a model as graphs for other programs', description=export.__doc__)
+    p.add_argument('weights', metavar='FOLDER', help='scenes, digits, a folder, or OWNER/NAME on the hub')
+    p.add_argument('--to', choices=['onnx'], default='onnx', help='(default: onnx)')
+    p.add_argument('-o', '--output', type=Path, default=Path('my_graphs'), metavar='FOLDER',
+                   help='a new folder (default: my_graphs)')
+    p.add_argument('--dtype', choices=['float32', 'float16', 'int8'], default='float16',
+                   help='of the stored weights (default: float16)')
+    p.set_defaults(run=export)
 
 # %% ../nbs/99_cli.ipynb #7bd4921b
 def _add_finetune(commands):
@@ -571,6 +602,7 @@ def make_parser() -> Parser:  # knows every command
     p.add_argument('--port', type=number(1, 65535, int), default=8866, help='or the next free one (default: 8866)')
     p.add_argument('--host', default='127.0.0.1', help='(default: 127.0.0.1, this machine alone; others need a token)')
     p.set_defaults(run=play)
+    _add_export(commands)
     p = commands.add_parser('lessons', help='list the lessons, or copy them', description=lessons.__doc__)
     p.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='copy them there, to work on them')
     p.set_defaults(run=lessons)
@@ -592,7 +624,11 @@ def main(
         try:
             args = (parser := make_parser()).parse_args(argv)
             if args.command is None: return parser.print_help() or 0
-            return args.run(args) or 0
+            with nullcontext() if os.environ.get('RANK', '0') == '0' else redirect_stdout(None):
+                return args.run(args) or 0
         except ValueError as e: return fail(e, 2)
         except (OSError, MemoryError) as e: return fail(str(e) or type(e).__name__, 1)
         except KeyboardInterrupt as e: return fail(str(e) or 'interrupted', 130)
+
+# %% ../nbs/99_cli.ipynb #f1f5984f
+if __name__ == '__main__': sys.exit(main())

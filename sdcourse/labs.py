@@ -5,6 +5,7 @@ __all__ = ['PictureLab', 'NoiseLab', 'GradientLab', 'LatentLab', 'CLIPSearch', '
            'mean_map', 'word_places', 'AttentionLens']
 
 # %% ../nbs/15b_labs.ipynb #1371336e
+import io
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from threading import RLock
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from PIL import Image
 from torch import Tensor
 
 from .clip import CLIPModel, encode_captions, encode_pictures
 from .data import Scenes, mnist
 from .gradients import NOT_A_DIGIT, DigitClassifier, follow_gradient, input_gradient
-from .images import COLORS, latents_to_rgb, make_grid, show_images, to_pil
+from .images import COLORS, latents_to_rgb, show_images, to_pil, to_tensor
 from .noise import SCHEDULES, add_noise, make_alphas_cumprod, make_betas, snr
 from .pipeline import StableDiffusionPipeline, parse_weights
 from .tokenizer import CLIPTokenizer
@@ -29,15 +31,15 @@ from .widgets import (_STYLE, Board, Lab, Runner, Settings, as_png, choose_sched
 
 # %% ../nbs/15b_labs.ipynb #ea87ad6f
 class PictureLab(Lab):
-    "Controls, and one picture below them that `draw` makes anew after each change."
+    "Controls, and pictures below them that `draw` makes anew after each change: matplotlib figures, one for each."
     def __init__(self,
         *controls, # standard widgets; those with a `value` are watched
-        about:str, # what the picture shows, for who can't see it
+        about:Sequence[str], # what each picture shows, for who can't see it
     ):
         import ipywidgets as w
-        self.image, rows = picture(about), w.Layout(flex_flow='row wrap', align_items='center')
-        self.image.layout.max_width = '100%'
-        self.view = w.VBox([w.Box(controls, layout=rows), self.image])
+        self.panels, rows = [*map(picture, about)], w.Layout(flex_flow='row wrap', align_items='center')
+        for panel in self.panels: panel.layout.max_width = '100%'
+        self.view = w.VBox([w.Box(controls, layout=rows), w.Box(self.panels, layout=rows)])
         for control in controls:
             if control.has_trait('value'): control.observe(self.redraw, 'value')
         self.redraw()
@@ -46,11 +48,20 @@ class PictureLab(Lab):
         change=None, # what ipywidgets tells of it; not needed
     ):
         "Draw, and show it."
-        self.image.value = as_png(self.draw())
+        for panel, figure in zip(self.panels, self.draw(), strict=True): panel.value = as_png(figure)
 
     def figure(self) -> bytes: # of a PNG file
-        "What is on screen."
-        return self.image.value
+        "What is on screen, side by side."
+        return png(torch.cat([to_tensor(Image.open(io.BytesIO(panel.value))) for panel in self.panels], 2))
+
+# %% ../nbs/15b_labs.ipynb #c69f72f0
+def _panels(titles, size=(3, 2.7), place=(.16, .17, .78, .72)):
+    "Figures of one size, and the axis in each. (matplotlib's own layouts would take longer than the drawing)"
+    import matplotlib.pyplot as plt
+    figures = [plt.figure(figsize=size) for _ in titles]
+    axes = [figure.add_axes(place) for figure in figures]
+    for ax, title in zip(axes, titles): ax.set_title(title, fontsize=10)
+    return figures, axes
 
 # %% ../nbs/15b_labs.ipynb #5f1d8e61
 class NoiseLab(PictureLab):
@@ -64,25 +75,28 @@ class NoiseLab(PictureLab):
         self.eps = torch.randn(self.x0.shape, generator=torch.Generator().manual_seed(0))
         self.t = w.IntSlider(t, 0, 999, description='t', layout=w.Layout(width='min(100%, 500px)'))
         self.schedule = w.Dropdown(options=[*SCHEDULES], description='schedule')
-        super().__init__(self.t, self.schedule, about='noisy picture; rates and signal-to-noise ratio by timestep')
+        super().__init__(self.t, self.schedule,
+                         about=['noisy picture', 'rates of signal and noise', 'signal-to-noise ratio'])
 
 # %% ../nbs/15b_labs.ipynb #a4146508
 @patch
-def draw(self:NoiseLab): # matplotlib Figure
+def draw(self:NoiseLab) -> list: # of matplotlib figures
     "The picture, and where it is on the curves."
-    import matplotlib.pyplot as plt
     t, abar = self.t.value, make_alphas_cumprod(make_betas(self.schedule.value))
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.7), layout='constrained')
+    signal, noise, ratio = abar**.5, (1 - abar)**.5, snr(abar)
+    titles = f'$x_t$ at t = {t}', f'signal {signal[t]:.3f}, noise {noise[t]:.3f}', f'signal to noise {ratio[t]:.3g}'
+    figures, (left, middle, right) = _panels(titles)
     left.imshow(to_pil(add_noise(self.x0[None], self.eps[None], t, abar)[0]), cmap='gray')
-    left.set(title=f'$x_t$ at t = {t}', xticks=[], yticks=[])
-    middle.plot((abar**.5).numpy(), color=COLORS['x0'], label='signal rate')
-    middle.plot(((1 - abar)**.5).numpy(), color=COLORS['eps'], ls='--', label='noise rate')
-    middle.set(title=f'{abar[t]**.5:.3f} of the signal, {(1 - abar[t])**.5:.3f} of the noise', xlabel='t')
-    right.semilogy(snr(abar).numpy(), color=COLORS['xt'])
-    right.set(title=f'signal to noise {snr(abar)[t]:.3g}', xlabel='t')
-    for ax in (middle, right): ax.axvline(t, color=COLORS['other'], lw=1)
+    left.set(xticks=[], yticks=[])
+    middle.plot(signal.numpy(), color=COLORS['x0'], label='signal rate')
+    middle.plot(noise.numpy(), color=COLORS['eps'], ls='--', label='noise rate')
+    right.semilogy(ratio.numpy(), color=COLORS['xt'])
+    right.minorticks_off()
+    for ax in (middle, right):
+        ax.axvline(t, color=COLORS['other'], lw=1)
+        ax.set(xlabel='t')
     middle.legend(frameon=False)
-    return fig
+    return figures
 
 # %% ../nbs/15b_labs.ipynb #c306f55b
 _GREYS = {f'{round(100*i/8)} % bright': '#' + bytes([round(255*i/8)]*3).hex() for i in range(9)}
@@ -100,13 +114,14 @@ class GradientLab(PictureLab):
         self.x = (mnist('test')[0][0] if image is None else image).clone()
         options = [*((str(i), i) for i in range(10)), ('not a digit', NOT_A_DIGIT)]
         self.label = w.Dropdown(options=options, value=label, description='should be')
-        self.follow, self.clear = (w.Button(description=name) for name in ('follow', 'clear'))
+        below = w.Layout(margin='2px 2px 2px 90px')                           # where the menu begins
+        self.follow, self.clear = (w.Button(description=name, layout=below) for name in ('follow', 'clear'))
         self.follow.on_click(lambda _: self.go())
         self.clear.on_click(lambda _: self._put(torch.full_like(self.x, -1)))
         self.board = Board(14, _GREYS, lambda old: _DARK if old == _BRIGHT else _BRIGHT, self._clicked, 'picture', 18)
         self._shade()
         super().__init__(self.board.view, w.VBox([self.label, self.follow, self.clear]),
-                         about='picture, gradient of the wanted digit, and the probabilities of all eleven')
+                         about=['the picture', 'gradient of the wanted digit', 'probabilities of all eleven'])
         self.label.observe(self.redraw, 'value')
 
 # %% ../nbs/15b_labs.ipynb #71dba281
@@ -144,21 +159,20 @@ def go(self:GradientLab,
 
 # %% ../nbs/15b_labs.ipynb #3741d41b
 @patch
-def draw(self:GradientLab): # matplotlib Figure
+def draw(self:GradientLab) -> list: # of matplotlib figures
     "Picture, gradient, probabilities."
-    import matplotlib.pyplot as plt
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.7), layout='constrained')
-    gradient = input_gradient(self.model, self.x[None], torch.tensor([self.label.value]))[0, 0]
+    label, names = self.label.value, [*map(str, range(10)), 'none']
+    gradient = input_gradient(self.model, self.x[None], torch.tensor([label]))[0, 0]
     with torch.no_grad(): p = self.model(self.x[None]).softmax(1)[0]
-    left.imshow(to_pil(self.x), cmap='gray')
     most = max(gradient.abs().max().item(), 1e-12)
+    figures, (left, middle, right) = _panels(
+        ['the picture', f'brighter (red), darker (blue), ±{most:.2g}', f'p({names[label]}) = {p[label]:.3f}'])
+    left.imshow(to_pil(self.x), cmap='gray')
     middle.imshow(gradient.numpy(), cmap='RdBu_r', vmin=-most, vmax=most)
-    for ax, title in ((left, 'the picture'), (middle, f'brighter (red) or darker (blue), ±{most:.2g}')):
-        ax.set(title=title, xticks=[], yticks=[])
-    names = [*map(str, range(10)), 'none']
-    right.bar(names, p.tolist(), color=[COLORS['eps'] if i == self.label.value else COLORS['x0'] for i in range(11)])
-    right.set(title=f'p({names[self.label.value]}) = {p[self.label.value]:.3f}', ylim=(0, 1))
-    return fig
+    for ax in (left, middle): ax.set(xticks=[], yticks=[])
+    right.barh(names, p.tolist(), color=[COLORS['eps'] if i == label else COLORS['x0'] for i in range(11)])
+    right.set(xlim=(0, 1), ylim=(10.6, -.6))
+    return figures
 
 # %% ../nbs/15b_labs.ipynb #09c98404
 class LatentLab(PictureLab):
@@ -171,17 +185,17 @@ class LatentLab(PictureLab):
         self.vae = vae or AutoencoderKL.from_pretrained('scenes/vae')
         image = Scenes('test', 1)[0].image if image is None else image
         with torch.no_grad(): mean = self.vae.encode(image[None]).latent_dist.mean
-        self.start = mean*self.vae.config.scaling_factor                      # (1,4,h/8,w/8)
+        self.start = (10*mean*self.vae.config.scaling_factor).round().clamp(-60, 60)/10   # as the sliders can show it
         self.z, (height, width) = self.start.clone(), mean.shape[2:]
         self.row = w.IntSlider(height//2, 0, height - 1, description='row')
         self.column = w.IntSlider(width//2, 0, width - 1, description='column')
         self.values = [w.FloatSlider(0, min=-6, max=6, step=.1, description=f'channel {i}') for i in range(4)]
-        self.reset = w.Button(description='as it was')
+        self.reset = w.Button(description='as it was', layout=w.Layout(margin='2px 2px 2px 90px'))
         self.reset.on_click(lambda _: self._read(self.start))
         for place in (self.row, self.column): place.observe(lambda _: self._read(self.z), 'value')
         self._read(self.z)
         super().__init__(w.VBox([self.row, self.column, self.reset]), w.VBox(self.values),
-                         about='the latent in false colours, the picture, and what has changed')
+                         about=['the latent in false colours', 'the picture', 'what has changed'])
         for value in self.values: value.observe(self._write, 'value')
 
 # %% ../nbs/15b_labs.ipynb #26e8db51
@@ -191,7 +205,7 @@ def _read(self:LatentLab, z):
     self.reading, self.z = True, z.clone()
     for value, x in zip(self.values, z[0, :, self.row.value, self.column.value].tolist()): value.value = x
     self.reading = False
-    if hasattr(self, 'image'): self.redraw()
+    if hasattr(self, 'panels'): self.redraw()
 
 @patch
 def _write(self:LatentLab, change=None):
@@ -201,14 +215,17 @@ def _write(self:LatentLab, change=None):
     self.redraw()
 
 @patch
-def draw(self:LatentLab): # matplotlib Figure
+def draw(self:LatentLab) -> list: # of matplotlib figures
     "Latent, picture, difference."
     both = torch.cat([self.start, self.z])/self.vae.config.scaling_factor
     with torch.no_grad(): before, now = self.vae.decode(both).sample.clamp(-1, 1)
-    fig = show_images([latents_to_rgb(self.z)[0], now, (now - before)/2], size=2.4,
-                      titles=['the latent, in false colours', 'the picture', 'what has changed (grey: nothing)'])
-    fig.axes[0].plot(self.column.value, self.row.value, 's', ms=17, mfc='none', mec='k', mew=2)
-    return fig
+    shown = {'the latent': latents_to_rgb(self.z)[0], 'the picture': now, 'change (grey: none)': (now - before)/2}
+    figures, axes = _panels(shown, (2.1, 2.35), (.01, .01, .98, .88))
+    for ax, image in zip(axes, shown.values()):
+        ax.imshow(to_pil(image))
+        ax.set(xticks=[], yticks=[])
+    axes[0].plot(self.column.value, self.row.value, 's', ms=14, mfc='none', mec='k', mew=2)
+    return figures
 
 # %% ../nbs/15b_labs.ipynb #31b35066
 class CLIPSearch(PictureLab):
@@ -227,13 +244,13 @@ class CLIPSearch(PictureLab):
         self.images, self.best = images, best
         self.vectors = encode_pictures(self.clip, images) if vectors is None else vectors
         self.text = w.Text(text, description='search')
-        super().__init__(self.text, about='the pictures nearest to the text, with their cosines')
+        super().__init__(self.text, about=['the pictures nearest to the text, with their cosines'])
 
-    def draw(self): # matplotlib Figure
+    def draw(self) -> list: # of a matplotlib figure
         "The best, with their cosines."
         cosines = self.vectors @ encode_captions(self.clip, self.tokenizer, [self.text.value])[0]
         top = cosines.topk(self.best)
-        return show_images(self.images[top.indices], [f'{c:.2f}' for c in top.values.tolist()], ncols=min(self.best, 8))
+        return [show_images(self.images[top.indices], [f'{c:.2f}' for c in top.values.tolist()], ncols=4)]
 
 # %% ../nbs/15b_labs.ipynb #74702e6c
 def steps_within(
@@ -361,7 +378,7 @@ def word_places(
 
 # %% ../nbs/15b_labs.ipynb #644a0e6c
 class AttentionLens(Lab):
-    "Choose a word of the prompt, and see at each step where the U-Net listens to it (lesson 11)."
+    "Hover over a word of the prompt, or choose it: see at each step where the U-Net listens to it (lesson 11)."
     def __init__(self,
         pipe:StableDiffusionPipeline, # that draws; its U-Net is ours
         settings:Settings|None = None, # to begin with; None: the defaults, in eight steps
@@ -371,12 +388,13 @@ class AttentionLens(Lab):
         self.pipe, self.settings = pipe, settings or Settings(num_inference_steps=8)
         self.prompt = w.Text(self.settings.prompt, description='prompt')
         self.seed = w.BoundedIntText(self.settings.seed, 0, 2**31 - 1, description='seed')
-        self.word, self.status = w.ToggleButtons(description='word'), w.Label()
-        self.word.style.button_width = 'auto'
-        self.image = picture('maps of the word, above the pictures, step by step', 'sd-crisp')
-        style = w.HTML('<style>.sd-crisp {image-rendering: pixelated; width: min(100%, 900px)}</style>')
-        controls = w.Box([self.prompt, self.seed], layout=w.Layout(flex_flow='row wrap'))
-        self.view = w.VBox([style, controls, self.word, self.image, self.status])
+        self.word, self.status, self.style = w.ToggleButtons(description='word'), w.Label(), w.HTML()
+        self.word.style.button_width, rows = 'auto', w.Layout(flex_flow='row wrap')
+        self.tiles = w.Box(layout=rows)
+        self.view = w.VBox([w.HTML(_STYLE), self.style, w.Box([self.prompt, self.seed], layout=rows), self.word,
+                            self.tiles, self.status])
+        self.name = f'sd-lens-{self.view.model_id}'                            # there may be another lens on the page
+        self.view.add_class(self.name)
         self.run, self.lock = ([], []), RLock()                                # the places of each word, the steps
         self.runner = Runner(self._draw, lambda e: self.status.set_trait('value', str(e)))
         for control in (self.prompt, self.seed): control.observe(self._ask, 'value')
@@ -407,28 +425,44 @@ def _draw(self:AttentionLens, wish):
             yield
 
 # %% ../nbs/15b_labs.ipynb #9a50f9e3
+_LENS = """<style>.{name} {{--word: {word}; --last: {last}}}
+.{name} .sd-map {{image-rendering: pixelated; width: 100%; aspect-ratio: 1; object-fit: cover;
+  object-position: 0 calc(100%*var(--word)/var(--last))}}
+{hover}</style>"""
+_HOVER = '.{name}:has(.widget-toggle-button:nth-child({n}):is(:hover, :focus-visible)) {{--word: {i}}}'
+
 @patch
-def maps(self:AttentionLens) -> Tensor: # (steps,1,h,w), 0 to 1
-    "Of the chosen word: the mean of its tokens' shares at each step, divided by the largest of all."
-    (places, steps), i = self.run, self.word.value
-    if not steps: return torch.zeros(1, 1, 8, 8)
-    if i is None or i >= len(places): return torch.zeros(len(steps), 1, *steps[0][0].shape[1:])
-    shares = torch.stack([shares[places[i]].mean(0) for shares, _ in steps])[:, None]
-    return shares/shares.max()
+def maps(self:AttentionLens) -> Tensor: # (steps,words,h,w), 0 to 1
+    "Of each word: the mean of its tokens' shares at each step, divided by the largest of all steps."
+    places, steps = self.run
+    if not places or not steps: return torch.zeros(max(1, len(steps)), 1, 8, 8)
+    shares = torch.stack([torch.stack([shares[where].mean(0) for where in places]) for shares, _ in steps])
+    return shares/shares.amax((0, 2, 3), keepdim=True)
+
+# %% ../nbs/15b_labs.ipynb #c01bb92c
+def _tile(n):
+    "The maps of all words at a step, of which one shows, above the picture"
+    import ipywidgets as w
+    parts = [picture(f'where step {n} looks', 'sd-map'), picture(f'picture of step {n}', 'sd-pixels')]
+    return w.VBox([*parts, w.Label(f'step {n}')], layout=w.Layout(width='min(23%, 105px)', margin='2px'))
 
 @patch
 def _look(self:AttentionLens, change=None):
-    "Show the maps of the chosen word"
+    "Show the maps of all words, the chosen one's in front"
     with self.lock:
-        maps, images = self.maps()*2 - 1, [image for _, image in self.run[1]]
-        if not images: return
-        large = F.interpolate(maps, size=images[0].shape[1:]).expand(-1, 3, -1, -1)
-        self.image.value = png(make_grid(torch.cat([large, torch.stack(images)]), ncols=len(images), fill=0.))
+        (places, steps), last = self.run, max(1, len(self.run[0]) - 1)
+        tiles = self.tiles.children
+        if len(tiles) < len(steps):
+            self.tiles.children = tiles = (*tiles, *(_tile(n + 1) for n in range(len(tiles), len(steps))))
+        for tile, maps, (_, image) in zip(tiles, self.maps()*2 - 1, steps):
+            tile.children[0].value, tile.children[1].value = png(maps.flatten(0, 1)[None]), png(image)
+        hover = '\n'.join(_HOVER.format(name=self.name, n=i + 1, i=i) for i in range(len(places)))
+        self.style.value = _LENS.format(name=self.name, word=min(self.word.value or 0, last), last=last, hover=hover)
 
 @patch
 def figure(self:AttentionLens) -> bytes: # of a PNG file
     "What is on screen, with words."
     maps, images = self.maps()*2 - 1, [image for _, image in self.run[1]] or [torch.zeros(3, 8, 8)]
-    word = self.word.label or ''
-    titles = [f'{name}, step {i + 1}' for name in (repr(word), 'picture') for i in range(len(maps))]
-    return as_png(show_images([*maps, *images], titles, ncols=len(maps)))
+    i, word = min(self.word.value or 0, maps.shape[1] - 1), self.word.label or ''
+    titles = [f'{name}, step {n + 1}' for name in (repr(word), 'picture') for n in range(len(maps))]
+    return as_png(show_images([*maps[:, i:i + 1], *images], titles, ncols=len(maps)))

@@ -97,11 +97,12 @@ class Prompted(nn.Module):
         return self.unet(xt, t, self.text_encoder(ids).last_hidden_state)
 
 # %% ../nbs/12_text_to_image.ipynb #c5ab5b1a
-def _prompting(vae, empty, drop, seed):
+def _prompting(vae, empty, drop, seed, endless=True):
     "The task: pictures become noisy latents, some prompts the empty one, and v is the right answer"
     from sdcourse.training import Noising
     class Prompting(Noising):
-        def shuffle(self, generator): return new_scenes(generator)         # other scenes in each epoch
+        def shuffle(self, generator):                                      # other scenes in each epoch
+            return new_scenes(generator) if endless else super().shuffle(generator)
         def before_fit(self):
             super().before_fit()
             self.vae, self.empty = self.vae.to(self.where), empty.to(self.where)
@@ -259,8 +260,17 @@ def judge(
     return dict(zip(('digit', 'color', 'stroke'), whole.unbind(1)), relation=relation,
                 all=whole.all(1))  # then no other relation can fit better
 
+# %% ../nbs/12_text_to_image.ipynb #d5370940
+def _loaders(data, tokenizer, bs, n, seed, device):
+    "Scenes, or pictures of somebody else's, and ids of their captions"
+    if data is None: return prompt_dataloaders(tokenizer, bs, n=n, valid=min(n, 1000), seed=seed, device=device)
+    from sdcourse.scale import captioned_dataloaders
+    def collate(images, captions):
+        return images, tokenizer(captions, padding='max_length', truncation=True).input_ids
+    return captioned_dataloaders(data, bs, 64, seed=seed, device=device, collate=collate)
+
 # %% ../nbs/12_text_to_image.ipynb #ee25a44c
-def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype):
+def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, data=None):
     "The learner of a new U-Net, with the parts that are there"
     from fastai.optimizer import OptimWrapper
 
@@ -271,24 +281,25 @@ def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype):
         model = Prompted(UNet2DConditionModel(**UNET), text_encoder, train_text).to(memory_format=torch.channels_last)
     matrices = [p for name, p in model.named_parameters()
                 if p.requires_grad and p.ndim == 2 and ('.transformer_blocks.' in name or '.layers.' in name)]
-    task = _prompting(vae, tokenizer([''], padding='max_length').input_ids, drop, seed)
-    dls = prompt_dataloaders(tokenizer, bs, n=n, valid=min(n, 1000), seed=seed, device=device)
-    return make_learner(dls, model, task, dtype=dtype,
+    task = _prompting(vae, tokenizer([''], padding='max_length').input_ids, drop, seed, data is None)
+    return make_learner(_loaders(data, tokenizer, bs, n, seed, device), model, task, dtype=dtype,
                         opt_func=partial(OptimWrapper, opt=partial(_Muon, matrices=matrices)))
 
 # %% ../nbs/12_text_to_image.ipynb #3d225fa1
-def _fit_scenes(parts, output, epochs, n, bs, lr, drop, train_text, seed, device, dtype, progress):
+def _fit_scenes(parts, output, epochs, n, bs, lr, drop, train_text, seed, device, dtype, progress, data, team):
     "Train, or go on: the learner, the tokenizer, a row of losses for each epoch"
     from fastai.callback.training import GradientClip
 
     from sdcourse.training import fit
     find_pretrained('scenes/reader')                                      # which judges in the end
     tokenizer = CLIPTokenizer.from_pretrained(parts/'clip')
-    learn = _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype)
-    settings = dict(n=n, bs=bs, train_text=train_text, vae=fingerprint(learn.prompting.vae))
+    learn = _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, data)
+    settings = dict(n=n, bs=bs, train_text=train_text, vae=fingerprint(learn.prompting.vae), data=data and str(data),
+                    processes=team and team.size)
     with sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():  # a quarter faster there
         return learn, tokenizer, fit(learn, epochs, lr, wd=.02, folder=output, settings=settings,
-                                      progress=progress, cbs=[GradientClip(1.)])
+                                      progress=progress and not (team and team.rank),
+                                      cbs=[GradientClip(1.), *([team] if team else [])])
 
 # %% ../nbs/12_text_to_image.ipynb #c6321b6d
 @torch.no_grad()
@@ -327,12 +338,25 @@ def save_scenes(
     right = judge(draw_scenes(stored, scenes).to(vae.device), scenes)
     return write_manifest(output/'unet', **facts, right={k: v.float().mean().item() for k, v in right.items()})
 
+# %% ../nbs/12_text_to_image.ipynb #038db3d0
+def _finish(learn, tokenizer, losses, output, team, data, **facts):
+    "Save what was trained; of several processes, the first does. The manifest"
+    from sdcourse.training import CHECKPOINT
+    if data is not None: facts['data'] = Path(data).name
+    if team: facts['processes'] = team.size
+    def save():
+        save_scenes(learn.ema.average, learn.prompting.vae, tokenizer, output, **facts, steps=learn.ema.steps,
+                    seconds=losses[-1]['seconds'], losses=losses)
+        (output/CHECKPOINT).unlink(missing_ok=True)
+    team.first(save) if team else save()
+    return read_manifest(output/'unet')
+
 # %% ../nbs/12_text_to_image.ipynb #af5509c2
 def train_scenes(
     output:str|Path, # the folder for a whole pipeline and its manifest; a training that was cut short goes on
     epochs:int=16, # at least 1
     n:int=48_000, # new scenes in each epoch
-    bs:int=128, # scenes in a batch
+    bs:int=128, # scenes in a batch; where several processes train, in the batch of each
     lr:float=1e-3, # the highest learning rate of the one-cycle schedule
     drop:float=.1, # share of prompts replaced by the empty one, 0 to 1
     train_text:bool=False, # whether the text encoder learns, too
@@ -341,18 +365,16 @@ def train_scenes(
     dtype:torch.dtype=torch.float32, # of the arithmetic; torch.bfloat16 is faster where the hardware has it
     progress:bool=True, # show fastai's bar and table
     parts:str|Path=PRETRAINED/'scenes', # the folder whose `vae` and `clip` are used
+    data:str|Path|None=None, # pictures with captions, as lesson 11b reads them, all in each epoch; None: n new scenes
 ) -> dict: # the manifest: seed, epochs, steps, seconds, losses, shares of right pictures, sha256
     "Train a latent diffusion model that prompts guide (Rombach et al., 2022). Saved in half precision."
-    from sdcourse.training import CHECKPOINT
-    device = torch.device(_check_device(device or default_device()))
+    from sdcourse.scale import join
+    team, device = join(_check_device(device or default_device()))
     output = _begin(output, seed, bs, epochs=epochs, n=n)
-    learn, tokenizer, losses = _fit_scenes(Path(parts), output, epochs, n, bs, lr, drop, train_text, seed, device,
-                                           dtype, progress)
-    facts = dict(batch=bs, lr=lr, drop=drop, train_text=train_text, device=device.type, dtype=str(dtype)[6:])
-    manifest = save_scenes(learn.ema.average, learn.prompting.vae, tokenizer, output, seed=seed, epochs=epochs,
-        steps=epochs*len(learn.dls.train), **facts, seconds=losses[-1]['seconds'], losses=losses)
-    (output/CHECKPOINT).unlink(missing_ok=True)
-    return manifest
+    trained = _fit_scenes(Path(parts), output, epochs, n, bs, lr, drop, train_text, seed, device, dtype, progress,
+                          data, team)
+    return _finish(*trained, output, team, data, seed=seed, epochs=epochs, batch=bs, lr=lr, drop=drop,
+                   train_text=train_text, device=device.type, dtype=str(dtype)[6:])
 
 # %% ../nbs/12_text_to_image.ipynb #ecb265b4
 def in_both_languages(

@@ -64,7 +64,8 @@ def choose_scheduler(
         raise ValueError(f'{kind.__name__} has no spacing {spacing!r}; allowed: {", ".join(spacings(kind)) or "none"}')
     if issubclass(kind, KarrasScheduler):
         options = {**options, **{f'use_{n}_sigmas': spacing == n for n in ('karras', 'exponential')}}
-    return kind, options if spacing in ('karras', 'exponential') else {**options, 'timestep_spacing': spacing}
+    if spacing not in ('karras', 'exponential'): options = {**options, 'timestep_spacing': spacing}
+    return kind, options
 
 # %% ../nbs/15_widgets.ipynb #69824595
 def draw_steps(
@@ -249,14 +250,15 @@ class Lab:
 # %% ../nbs/15_widgets.ipynb #9225da6a
 def picture(
     about:str, # what it shows, for who can't see it
-    css:str = '', # a CSS class
+    css:str = '', # a CSS class, if any
     value:bytes = b'', # of a PNG file
 ): # an `ipywidgets.Image`
     "A picture with a title, which a screen reader reads: the front-end sets one only for widgets with a description."
     import ipywidgets as w
     from traitlets import Unicode
     described = type('Image', (w.Image,), {'description': Unicode('').tag(sync=True)})
-    return described(value=value, format='png', tooltip=about).add_class(css)
+    image = described(value=value, format='png', tooltip=about)
+    return image.add_class(css) if css else image
 
 def as_png(
     figure, # of matplotlib
@@ -264,7 +266,7 @@ def as_png(
     "A figure as a file; matplotlib forgets it, so that the notebook does not show it a second time."
     import matplotlib.pyplot as plt
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=80, bbox_inches='tight')
+    figure.savefig(file, format='png', dpi=80)
     plt.close(figure)
     return file.getvalue()
 

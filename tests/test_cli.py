@@ -77,8 +77,8 @@ def test_help_is_quick():
     assert min(times) < 0.5, times
 
 
-COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'lessons',
-            'info']
+COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'export',
+            'lessons', 'info']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -259,7 +259,7 @@ def test_training(terminal, monkeypatch, name):
     calls = trainer(monkeypatch, name)
     line = f'train {name} -o mine --epochs 2 --batch 64 --lr 0.001 --seed 3 --device cpu --dtype bfloat16'
     more = {} if name == 'digits' else {'n': 500}
-    if name == 'scenes': more['parts'] = Path('parts')
+    if name == 'scenes': more |= {'parts': Path('parts'), 'data': Path('data')}
     code, out, _ = terminal(*line.split(), *(word for pair in more.items() for word in (f'--{pair[0]}', pair[1])))
     assert code == 0 and out.startswith(f'mine: {cli.TRAININGS[name][1]}\n') and 'mine: trained in' in out
     assert dict(digits='sdcourse digits --weights mine', scenes='sdcourse generate PROMPT --weights mine').get(
@@ -348,6 +348,29 @@ def test_with_what(terminal, painter):
     for folder in ('empty', 'nowhere'):
         code, out, err = terminal('generate', '7', '--weights', painter, '--with', folder, '-o', 'a.png')
         assert code == 2 and folder in err and left() == ['empty']
+
+@pytest.mark.parametrize('name', ['digits', 'vae', 'clip', 'classifier'])
+def test_only_scenes_train_together(terminal, monkeypatch, name):
+    "`accelerate launch` of any other training"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code, out, err = terminal('train', name, '-o', 'mine', '--device', 'cpu')
+    assert code == 2 and not out and err == ('sdcourse: of the trainings, only scenes runs in several processes, '
+                                             f'got {name} in 2\n')
+    assert not Path('mine').exists()
+
+
+def test_the_first_process_speaks(terminal, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setenv('RANK', str(rank))
+        code, out, err = terminal('lessons')
+        assert code == 0 and bool(out) == (rank == 0) and not err
+
+
+def test_as_a_module(root):
+    "What `accelerate launch -m sdcourse.cli` runs"
+    command = [sys.executable, '-W', 'error', '-m', 'sdcourse.cli', 'lessons']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and '11b_scale.ipynb' in done.stdout and not done.stderr
 
 
 def test_checkpoint_that_is_none(terminal):

@@ -921,6 +921,23 @@ def test_any_arguments(saved_pipe, steps, scale, rescale, eta, prompts, repeats,
         assert found.shape == (prompts*repeats, 32, 32, 3) and np.isfinite(found).all()
 
 
+# ---- the import
+
+IMPORT = """
+import time
+import torch
+start = time.process_time()
+import sdcourse.pipeline
+print(time.process_time() - start)
+"""
+
+
+def test_import_adds_little():
+    "To `import torch` at most 0.3 s of one processor; the quickest of three, each in a process of its own"
+    took = [float(subprocess.check_output([sys.executable, '-c', IMPORT], text=True)) for _ in range(3)]
+    assert min(took) < .3, took
+
+
 # ---- the benchmark
 
 def test_benchmark(root, tmp_path):

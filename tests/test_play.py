@@ -1,4 +1,6 @@
-"""`sdcourse play` and the playground in JupyterLab: what the server answers and listens on, and what a browser shows.
+"""`sdcourse play`, and the playground and all labs in JupyterLab and Voilà, in a real browser.
+
+What the server answers and listens on; every control moved by mouse and keyboard; the pixels that should be there.
 
 `SCREENSHOTS=folder pytest tests/test_play.py` keeps a picture of each page, wide and narrow.
 """
@@ -23,11 +25,13 @@ import websocket
 from PIL import Image
 from test_widgets import start_picture, tiny_pipeline
 
-from sdcourse import cli, model
+from sdcourse import cli
+from sdcourse.pipeline import StableDiffusionPipeline
 from sdcourse.widgets import Settings, draw_steps, take_frame
 
 BIN = Path(sys.executable).parent
 FIRST = Settings()
+PATIENCE = 300  # seconds, for a busy machine: kernels import torch
 
 
 @pytest.fixture(scope='module')
@@ -43,15 +47,15 @@ def weights(pipe, tmp_path_factory):
 @contextmanager
 def started(folder, *command, says):
     "A server that was started in `folder`; the match of `says` in what it prints, and the process"
-    env = {**os.environ, 'TMPDIR': str(folder), 'OMP_NUM_THREADS': '1'}
+    env, log = {**os.environ, 'TMPDIR': str(folder), 'OMP_NUM_THREADS': '1'}, folder/'said.txt'
     def heed_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)             # in the background it is ignored
-    with subprocess.Popen([str(o) for o in command], cwd=folder, env=env, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.STDOUT, preexec_fn=heed_ctrl_c) as p:
+    with open(log, 'w') as out, subprocess.Popen([str(o) for o in command], cwd=folder, env=env, stdout=out,
+                                                 stderr=subprocess.STDOUT, preexec_fn=heed_ctrl_c) as p:
         try:
-            lines = []
-            while not (found := re.search(says, ''.join(lines))):
-                lines.append(p.stdout.readline())
-                assert lines[-1], f'it ended: {"".join(lines)}'
+            begun = time.monotonic()
+            while not (found := re.search(says, log.read_text())):
+                assert p.poll() is None and time.monotonic() - begun < PATIENCE, f'it does not start: {log.read_text()}'
+                time.sleep(.05)
             yield found, p
         finally:
             for process in [*psutil.Process(p.pid).children(recursive=True)] if p.poll() is None else []: process.kill()
@@ -66,7 +70,7 @@ def serve(folder, *words):
 def get(address, **options):
     "Status and text of what is answered"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, **options), timeout=60) as answer:
+        with urllib.request.urlopen(urllib.request.Request(address, **options), timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as e: return e.code, e.read().decode()
 
@@ -117,7 +121,8 @@ def message(kind, **content):
 def test_runs_no_code(app, visit, tmp_path):
     "A message that would run code is dropped; the next one is answered"
     made = tmp_path/'made'
-    channel = websocket.create_connection(f'{app[0].replace("http", "ws")}api/kernels/{visit[1]}/channels', timeout=60)
+    address = f'{app[0].replace("http", "ws")}api/kernels/{visit[1]}/channels'
+    channel = websocket.create_connection(address, timeout=PATIENCE)
     channel.send(message('execute_request', code=f'open({str(made)!r}, "w")', silent=False, store_history=False,
                          user_expressions={}, allow_stdin=False))
     channel.send(message('kernel_info_request'))
@@ -134,11 +139,12 @@ def test_takes_the_next_port_and_ends_with_ctrl_c(app, weights, tmp_path):
         assert taken < int(found[1].rsplit(':')[-1].strip('/')) < taken + 50
         assert get(found[1])[0] == 200
         kernels = psutil.Process(process.pid).children(recursive=True)
-        assert kernels and [*tmp_path.iterdir()]
+        assert kernels and [*tmp_path.glob('tmp*')]
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and out.endswith('ended\n') and 'Traceback' not in out, out
-        assert not psutil.wait_procs(kernels, timeout=10)[1] and not [*tmp_path.glob('tmp*'), *tmp_path.glob('voila*')]
+        code, out = process.wait(PATIENCE), (tmp_path/'said.txt').read_text()
+        assert code == 0 and out.endswith('ended\n') and 'Traceback' not in out, out
+        assert not psutil.wait_procs(kernels, timeout=PATIENCE)[1]
+        assert not [*tmp_path.glob('tmp*'), *tmp_path.glob('voila*')]
 
 
 def test_beyond_this_machine_a_token_is_required(weights, tmp_path):
@@ -182,9 +188,10 @@ def test_all_ports_taken():
 
 @pytest.fixture(scope='module')
 def lab(weights, tmp_path_factory):
-    "The address of a JupyterLab with one notebook"
+    "The address of a JupyterLab with two notebooks"
     folder = tmp_path_factory.mktemp('lab')
     (folder/'play.ipynb').write_text(cli.play_notebook(str(weights)))
+    (folder/'labs.ipynb').write_text(labs_notebook(weights))
     (folder/'config'/'labconfig').mkdir(parents=True)
     quiet = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}
     (folder/'config'/'labconfig'/'page_config.json').write_text(json.dumps(quiet))
@@ -204,7 +211,7 @@ def opened(chromium):
     def opened(address, width=1280, height=1400):
         contexts.append(chromium.new_context(viewport={'width': width, 'height': height}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(1000*PATIENCE)
         page.on('pageerror', lambda e: faults.append(str(e)))
         own = address, address.replace('http', 'ws'), 'data:', 'blob:'
         def judge(request):
@@ -224,11 +231,11 @@ def open_app(opened, address, **size):
     return page, page.locator('.sd-playground')
 
 
-def open_lab(opened, address, **size):
+def open_lab(opened, address, name='play', **size):
     "The playground in JupyterLab, after the only cell was run"
     page = opened(address, **size)
-    page.goto(f'{address}lab/tree/play.ipynb?reset')
-    page.get_by_text('| Idle').wait_for()
+    page.goto(f'{address}lab/tree/{name}.ipynb?reset')
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for(state='attached')
     page.locator('.jp-Cell .cm-content').first.click()
     page.keyboard.press('Shift+Enter')
     return page, page.locator('.sd-playground')
@@ -254,14 +261,14 @@ class Player:
     "A reader at the playground, who knows what should be on screen"
     def __init__(self, page, root, pipe): self.page, self.root, self.pipe, self.now = page, root, pipe, FIRST
 
-    def sees(self, step=-1, seconds=60, **changes):
+    def sees(self, step=-1, **changes):
         "After these changes all four pictures are those of this step, to the last pixel"
         self.now = self.now._replace(**changes)
         frame = [take_frame(self.pipe, o) for o in draw_steps(self.pipe, self.now)][step]
         begin = time.perf_counter()
         for name, title in NAMES.items():
             expected = rgb(getattr(frame, name))
-            while time.perf_counter() - begin < seconds:
+            while time.perf_counter() - begin < PATIENCE:
                 width, height, data = self.root.evaluate(PIXELS, title)
                 found = np.array(data, int).reshape(height, width, 4)[..., :3]
                 if found.shape == expected.shape and abs(found - expected).max() <= 1: break
@@ -386,7 +393,17 @@ def take_away(player, folder):
 
 def photograph(page, name):
     "Keep a picture of the page, if somebody wants to look at it"
-    if folder := os.environ.get('SCREENSHOTS'): page.screenshot(path=Path(folder)/f'{name}.png', full_page=True)
+    whole = {} if hasattr(page, 'nth') else dict(full_page=True)                # a part of it has no more to show
+    if folder := os.environ.get('SCREENSHOTS'): page.screenshot(path=Path(folder)/f'{name}.png', **whole)
+
+
+def fits_a_phone(page):
+    "Nothing to be seen or pressed is beyond the right edge"
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    wide = page.evaluate('''
+      [...document.querySelectorAll('.jp-OutputArea :is(img, input, select, button, label, pre)')].filter(
+        o => o.offsetParent && o.getBoundingClientRect().right > innerWidth + 1).map(o => o.outerHTML.slice(0, 80))''')
+    assert not wide, wide
 
 
 @pytest.mark.parametrize('where', ['app', 'lab'])
@@ -407,10 +424,7 @@ def test_on_a_phone(app, opened, pipe):
     "Nothing is wider than the screen, and it is all there"
     page, root = open_app(opened, app[0], width=390, height=844)
     Player(page, root, pipe).sees()
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    wide = page.evaluate('''[...document.querySelectorAll('.sd-playground :is(img, input, select, button)')].filter(
-      o => o.offsetParent && o.getBoundingClientRect().right > innerWidth + 1).map(o => o.outerHTML.slice(0, 80))''')
-    assert not wide, wide
+    fits_a_phone(page)
     photograph(page, 'app-390')
 
 
@@ -431,41 +445,167 @@ FIRST_STEP = '''(root, name) => {
   window.taken = null
   document.addEventListener('keydown', () => {
     const begun = performance.now()
-    img.addEventListener('load', () => { window.taken = performance.now() - begun }, {once: true})
+    img.addEventListener('load', () => requestAnimationFrame(() => { window.taken = performance.now() - begun }),
+                         {once: true})
   }, {once: true, capture: true})
 }'''
 
 
+def work_of_a_step():
+    "Milliseconds that the words, a step and its pictures take here and now, without a browser: the best of nine"
+    pipe, times = StableDiffusionPipeline.from_pretrained('scenes'), []
+    for _ in range(9):
+        begin = time.perf_counter()
+        take_frame(pipe, next(draw_steps(pipe, FIRST)))
+        times.append(1000*(time.perf_counter() - begin))
+    return min(times)
+
+
 def test_first_step_is_on_screen_in_time(opened, tmp_path, capsys):
-    "With a pipeline of the real size: from a key to the new picture in the page, within 150 ms"
-    weights = 'scenes' if (model.PRETRAINED/'scenes'/'model_index.json').is_file() else whole_size(tmp_path)
-    with serve(tmp_path, '--weights', weights, '--port', 8970) as (found, _):
+    "From a key to the new picture: within 150 ms, or, on a machine that is slow or busy, four times the bare work"
+    with serve(tmp_path, '--port', 8970) as (found, _):
         page, root = open_app(opened, found[1])
         player, times = Player(page, root, None), []
-        for i in range(9):
-            page.wait_for_timeout(100)
-            root.get_by_text('evaluations in').wait_for()
-            page.wait_for_timeout(2500)                                         # the run is over
+        for i in range(15):
+            root.get_by_text(re.compile('step 20 of 20, ')).wait_for()          # the run before is over
+            page.wait_for_timeout(300)
             root.evaluate(FIRST_STEP, NAMES['picture'])
             player.press('guidance', 'ArrowLeft' if i % 2 else 'ArrowRight')
             page.wait_for_function('window.taken')
             times.append(page.evaluate('window.taken'))
-    times.sort()
+    times, work = sorted(times), work_of_a_step()
     with capsys.disabled():
-        print(f'\nfirst step on screen after {times[4]:.0f} ms (median of nine, {times[0]:.0f} to {times[-1]:.0f})')
-    assert times[0] < 150, times
+        print(f'\nfirst step on screen after {times[7]:.0f} ms (median of 15, {times[0]:.0f} to {times[-1]:.0f}); '
+              f'{work:.0f} ms of it are the work itself')
+    assert times[0] < max(150, 4*work), times
 
 
-def whole_size(folder):
-    "A pipeline as large as that of lesson 12, whose U-Net has learned nothing: it takes the same time"
-    from sdcourse.clip import CLIPTextModel
-    from sdcourse.pipeline import StableDiffusionPipeline
-    from sdcourse.schedulers import DDIMScheduler
-    from sdcourse.text_to_image import SCHEDULER, UNET
-    from sdcourse.tokenizer import CLIPTokenizer
-    from sdcourse.unet import UNet2DConditionModel
-    from sdcourse.vae import AutoencoderKL
-    vae, words = AutoencoderKL.from_pretrained('scenes/vae'), CLIPTextModel.from_pretrained('scenes/clip')
-    pipe = StableDiffusionPipeline(vae, words, CLIPTokenizer.from_pretrained('scenes/clip'),
-                                   UNet2DConditionModel(**UNET), DDIMScheduler(**SCHEDULER))
-    return pipe.save_pretrained(folder/'whole')
+# ---- the labs
+
+def labs_notebook(weights):
+    "A notebook of one cell that shows them all; each has its name as a class"
+    source = f'''from sdcourse.data import Scenes
+from sdcourse.labs import *
+from sdcourse.pipeline import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({str(weights)!r})
+for lab in (NoiseLab(), GradientLab(), LatentLab(), CLIPSearch(Scenes('test', 40).batch(range(40))[0]),
+            SchedulerRace(pipe), AttentionLens(pipe)):
+    lab.view.add_class(type(lab).__name__)
+    display(lab)'''
+    notebook = json.loads(cli.play_notebook(''))
+    notebook['cells'][0]['source'] = source
+    return json.dumps(notebook)
+
+
+@pytest.fixture(scope='module')
+def labs_app(weights, tmp_path_factory):
+    "The address of a Voila that shows the labs"
+    folder = tmp_path_factory.mktemp('labs')
+    (folder/'labs.ipynb').write_text(labs_notebook(weights))
+    command = [BIN/'voila', 'labs.ipynb', '--no-browser', '--Voila.ip=127.0.0.1', '--port=8980', '--token=',
+               f'--Voila.tornado_settings={{"headers": {cli._HEADERS!r}}}']
+    with started(folder, *command, says=r'(http://\S+)') as (found, _): yield found[1]
+
+
+LOOK = '''root => {
+  const images = [...root.querySelectorAll('img')].filter(o => o.offsetParent)
+  if (!images.length || images.some(o => !o.complete || !o.naturalWidth)) return ''
+  return images.map(img => {
+    const canvas = document.createElement('canvas')
+    canvas.width = img.naturalWidth, canvas.height = img.naturalHeight
+    canvas.getContext('2d').drawImage(img, 0, 0)
+    return canvas.toDataURL() + getComputedStyle(img).objectPosition
+  }).join()
+}'''
+
+
+class Looker(Player):
+    "A reader at a lab: what is done changes the pictures, what is undone brings them back to the last pixel"
+    def __init__(self, page, name):
+        super().__init__(page, page.locator(f'.{name}'), None)
+        self.root.wait_for()
+    def until(self, fits):
+        begin = time.perf_counter()
+        while not ((seen := self.root.evaluate(LOOK)) and fits(seen)):
+            assert time.perf_counter() - begin < PATIENCE, f'the pictures stay as they are: {self.root.inner_text()}'
+            self.page.wait_for_timeout(50)
+        return seen
+    def changes(self, do, undo=None):
+        before = self.until(bool)
+        do()
+        self.until(lambda seen: seen != before)
+        if undo: undo()
+        if undo: self.until(lambda seen: seen == before)
+    def keys(self, label, there, back):
+        self.changes(lambda: self.press(label, there), lambda: self.press(label, back))
+    def chosen(self, label, there, back):
+        self.changes(lambda: self.choose(label, there), lambda: self.choose(label, back))
+    def filled(self, label, there, back):
+        self.changes(lambda: self.control(label).fill(there), lambda: self.control(label).fill(back))
+
+
+def look_at_noise(lab):
+    lab.keys('t', 'ArrowRight', 'ArrowLeft')
+    lab.chosen('schedule', 'squaredcos_cap_v2', 'linear')
+    box = lab.slider('t').locator('.noUi-base').bounding_box()
+    def typed():
+        lab.slider('t').locator('.widget-readout').fill('200')
+        lab.page.keyboard.press('Enter')
+    lab.changes(lambda: lab.page.mouse.click(box['x'] + .6*box['width'], box['y'] + box['height']/2), typed)
+
+
+def look_at_gradient(lab):
+    lab.chosen('should be', 'not a digit', '3')
+    dark = lab.cell('picture', 1, 1)
+    lab.changes(dark.click, lambda: dark.press('Space'))
+    lab.changes(lab.root.get_by_role('button', name='follow').click)
+    lab.changes(lab.root.get_by_role('button', name='clear').click)
+    lab.changes(lambda: lab.cell('picture', 3, 7).press('Space'))
+
+
+def look_at_latent(lab):
+    lab.keys('row', 'ArrowUp', 'ArrowDown')
+    lab.keys('column', 'ArrowRight', 'ArrowLeft')
+    reset = lab.root.get_by_role('button', name='as it was')
+    for i in range(4): lab.changes(lambda i=i: lab.press(f'channel {i}', 'Home'), reset.click)
+
+
+def look_at_clip(lab): lab.filled('search', 'a blue 3', 'a red seven')
+
+
+def look_at_race(lab):
+    for name in ('ddim', 'euler', 'heun', 'dpm++', 'unipc', 'ddpm'):
+        lab.root.get_by_text(re.compile(re.escape(name) + r': (\d) of \1')).wait_for()
+    lab.changes(lambda: lab.control('seed').press('ArrowUp'), lambda: lab.control('seed').press('ArrowDown'))
+    lab.keys('evaluations', 'ArrowLeft', 'ArrowRight')
+    lab.filled('prompt', 'a green 4', FIRST.prompt)
+
+
+def look_at_lens(lab):
+    lab.root.get_by_text('step 8', exact=True).wait_for()
+    def word(name): return lab.root.get_by_role('button', name=name, exact=True)
+    lab.changes(word('seven').hover, lambda: lab.page.mouse.move(0, 0))
+    lab.changes(word('blue').click, lambda: (word('a').first.press('Space'), lab.page.mouse.move(0, 0)))
+    lab.filled('prompt', 'a green 4', FIRST.prompt)
+    lab.changes(lambda: lab.control('seed').press('ArrowUp'), lambda: lab.control('seed').press('ArrowDown'))
+
+
+LOOKS = dict(NoiseLab=look_at_noise, GradientLab=look_at_gradient, LatentLab=look_at_latent, CLIPSearch=look_at_clip,
+             SchedulerRace=look_at_race, AttentionLens=look_at_lens)
+
+
+@pytest.mark.parametrize('where', ['labs_app', 'lab'])
+def test_labs(request, opened, where):
+    address = request.getfixturevalue(where)
+    page = open_app(opened, address)[0] if where == 'labs_app' else open_lab(opened, address, 'labs', height=4000)[0]
+    for name, look in LOOKS.items():
+        look(Looker(page, name))
+        photograph(page.locator(f'.{name}'), f'{where}-{name}')
+
+
+def test_labs_on_a_phone(labs_app, opened):
+    "Nothing is wider than the screen"
+    page, _ = open_app(opened, labs_app, width=390, height=844)
+    for name in LOOKS: Looker(page, name).until(bool)
+    fits_a_phone(page)
+    for name in LOOKS: photograph(page.locator(f'.{name}'), f'labs-390-{name}')
