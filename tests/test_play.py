@@ -509,13 +509,13 @@ def labs_app(weights, tmp_path_factory):
 
 LOOK = '''root => {
   const images = [...root.querySelectorAll('img')].filter(o => o.offsetParent)
-  if (!images.length || images.some(o => !o.complete || !o.naturalWidth)) return ''
+  if (!images.length || images.some(o => !o.complete || !o.naturalWidth)) return []
   return images.map(img => {
     const canvas = document.createElement('canvas')
     canvas.width = img.naturalWidth, canvas.height = img.naturalHeight
     canvas.getContext('2d').drawImage(img, 0, 0)
-    return canvas.toDataURL() + getComputedStyle(img).objectPosition
-  }).join()
+    return `${img.title} at ${getComputedStyle(img).objectPosition}: ${canvas.toDataURL()}`
+  })
 }'''
 
 
@@ -585,7 +585,8 @@ def look_at_lens(lab):
     lab.root.get_by_text('step 8', exact=True).wait_for()
     def word(name): return lab.root.get_by_role('button', name=name, exact=True)
     lab.changes(word('seven').hover, lambda: lab.page.mouse.move(0, 0))
-    lab.changes(word('blue').click, lambda: (word('a').first.press('Space'), lab.page.mouse.move(0, 0)))
+    lab.changes(word('blue').click, lambda: (word('a').press('Space'), lab.page.mouse.move(0, 0)))
+    lab.root.locator('button.mod-active', has_text=re.compile('^a$')).wait_for()
     lab.filled('prompt', 'a green 4', FIRST.prompt)
     lab.changes(lambda: lab.control('seed').press('ArrowUp'), lambda: lab.control('seed').press('ArrowDown'))
 
