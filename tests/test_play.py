@@ -236,8 +236,11 @@ def open_lab(opened, address, name='play', **size):
     page = opened(address, **size)
     page.goto(f'{address}lab/tree/{name}.ipynb?reset')
     page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for(state='attached')
-    page.locator('.jp-Cell .cm-content').first.click()
-    page.keyboard.press('Shift+Enter')
+    for _ in range(30):  # a key that comes while the page is still being built is lost
+        page.locator('.jp-Cell .cm-content').first.click()
+        page.keyboard.press('Shift+Enter')
+        page.wait_for_timeout(2000)
+        if re.search(r'\[[\d*]', page.locator('.jp-InputPrompt').first.inner_text()): break
     return page, page.locator('.sd-playground')
 
 
