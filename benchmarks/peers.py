@@ -24,7 +24,7 @@ from sdcourse.data import digit_dataloaders
 from sdcourse.metrics import evaluate, features, random_digits
 from sdcourse.model import default_device
 
-STEPS, GUIDANCE, KEYS = 25, 1.5, ('label_accuracy', 'fid')
+GUIDANCE, KEYS = 1.5, ('label_accuracy', 'fid')
 
 
 def until(args, loader, step) -> int:
@@ -53,7 +53,7 @@ def lesson_06(args):
         learn.fit_one_cycle(10_000, 2e-3, cbs=Callback(before_batch=before_batch))
     model, scheduler = learn.ema.average.eval(), digits.make_scheduler(**digits.SCHEDULER)
     def draw(labels, generator):
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(args.steps)
         noise = torch.randn(len(labels), 4, 14, 14, generator=generator).to(args.device)
         *_, last = digits.denoise(model, scheduler, noise, labels, GUIDANCE)
         return last.xt
@@ -67,7 +67,8 @@ def lucidrains(args, lr=1e-4):
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
     from ema_pytorch import EMA
     unet = Unet(dim=32, dim_mults=(1, 2, 4), channels=1, num_classes=10)
-    diffusion = GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=STEPS, ddim_sampling_eta=0.)
+    diffusion = GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=args.steps,
+                                  ddim_sampling_eta=0.)
     diffusion = diffusion.to(args.device)
     average = EMA(diffusion, beta=.995, update_every=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=lr, betas=(.9, .99))
@@ -117,7 +118,7 @@ def hugging_face(args):
     steps = until(args, digit_dataloaders(128, device=args.device).train, step)
     scheduler = diffusers.DDIMScheduler(**config)
     def draw(labels, generator):
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(args.steps)
         xt = torch.randn(len(labels), 1, 28, 28, generator=generator).to(args.device)
         for t in scheduler.timesteps: xt = scheduler.step(model(xt, t, labels), t, xt).prev_sample
         return xt
@@ -166,12 +167,13 @@ def main():
     parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers there')
     parser.add_argument('--quick', action='store_true', help='two seconds each, to see that it runs')
     args = parser.parse_args()
-    if args.quick: args.seconds, args.n = 2, 200
+    args.steps, args.real = 25, 10_000
+    if args.quick: args.seconds, args.n, args.steps, args.real = 2, 200, 2, 1000
     if not args.seconds > 0: parser.error(f'--seconds must be above 0, not {args.seconds}')
     if not 200 <= args.n <= 10_000: parser.error(f'--n must lie between 200 and 10000, not {args.n}')
     warnings.filterwarnings('ignore', message='.*torch.jit.script')              # fastai's import sets it off
     print(', '.join(f'{k} {v}' for k, v in machine(args.device).items()))
-    real = features(random_digits('train', 10_000).images)
+    real = features(random_digits('train', args.real).images)
     floor, found = evaluate(*random_digits('test', args.n), real), {}
     print(f'\n{f"{args.seconds:g} s each, {args.n} digits":<40}{"weights":>12}{"steps":>8}{"right":>9}{"FID":>9}')
     for name in args.only:
@@ -183,7 +185,7 @@ def main():
     if others and 'lesson 06' in found:
         goals['FID, lesson 06 / the best other'] = goal(found['lesson 06']['fid']['value']/min(others), 'at most', .5)
         print_goals(goals)
-    settings = dict(seconds=args.seconds, n=args.n, steps=STEPS, guidance=GUIDANCE)
+    settings = dict(seconds=args.seconds, n=args.n, steps=args.steps, guidance=GUIDANCE)
     if args.json: args.json.write_text(json.dumps(dict(
         machine=machine(args.device), settings=settings, rivals=found, floor={key: floor[key] for key in KEYS},
         goals=goals), indent=2) + '\n')

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from threading import RLock
+from threading import RLock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -336,8 +336,9 @@ def watch_words(
     "While this is open, the U-Net tells where the words of its prompt have their say. Raises `ValueError` for another"
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f'the U-Net must be the one of lesson 05, got {type(unet).__module__}.{type(unet).__name__}')
-    seen = []
+    seen, mine = [], get_ident()
     def record(layer, args, output):
+        if get_ident() != mine: return                                         # of another lab with the same U-Net
         x, words = args
         q = layer.to_q(x).unflatten(2, (layer.heads, -1)).transpose(1, 2)     # (b,heads,places,d)
         k, _ = words.answers(layer)                                           # (b,heads,tokens,d)
@@ -406,7 +407,9 @@ class AttentionLens(Lab):
 def _ask(self:AttentionLens, change=None):
     "Begin anew, with the words of the prompt to choose from"
     words, before = word_places(self.pipe.tokenizer, self.prompt.value), self.word.value
-    self.word.options = [(word, i) for i, (word, _) in enumerate(words)]
+    texts = [word for word, _ in words]
+    again = [texts[:i].count(word) for i, word in enumerate(texts)]           # two buttons may not have the same name
+    self.word.options = [(f'{word} ({n + 1})' if n else word, i) for i, (word, n) in enumerate(zip(texts, again))]
     if words: self.word.value = before if before in range(len(words)) else 0
     settings = self.settings._replace(prompt=self.prompt.value, seed=self.seed.value)
     self.runner.submit(([places for _, places in words], settings))

@@ -177,6 +177,17 @@ def test_words_are_watched(pipe):
     assert mean_map(seen, 8, 8).shape == (32, 8, 8)
 
 
+def test_another_thread_is_not_watched(pipe):
+    "Two labs may share a U-Net"
+    with watch_words(pipe.unet) as seen:
+        other = threading.Thread(target=lambda: next(draw_steps(pipe, Settings(num_inference_steps=4))))
+        other.start()
+        other.join()
+        assert not seen
+        next(draw_steps(pipe, Settings(num_inference_steps=4)))
+    assert seen
+
+
 def test_shares_are_those_of_the_layer(pipe):
     "With one head, values that are the tokens' numbers and no last layer, the layer answers with its own shares"
     from sdcourse.unet import Attention, Remembered
@@ -220,7 +231,8 @@ def strip(lens, step):
 
 def test_lens(pipe, closing):
     lens = closing(AttentionLens(pipe))
-    assert lens.runner.wait(60) and [word for word, _ in lens.word.options] == Settings().prompt.split()
+    assert lens.runner.wait(60) and ' '.join(word for word, _ in lens.word.options) == \
+        'a bold red seven above a (2) blue 3'
     assert lens.maps().shape == (8, 8, 8, 8) and (lens.maps().amax((0, 2, 3)) == 1).all()
     assert len(lens.tiles.children) == 8 and strip(lens, 0).size == (8, 64)
     first = lens.figure()

@@ -236,8 +236,11 @@ def open_lab(opened, address, name='play', **size):
     page = opened(address, **size)
     page.goto(f'{address}lab/tree/{name}.ipynb?reset')
     page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for(state='attached')
-    page.locator('.jp-Cell .cm-content').first.click()
-    page.keyboard.press('Shift+Enter')
+    for _ in range(30):  # a key that comes while the page is still being built is lost
+        page.locator('.jp-Cell .cm-content').first.click()
+        page.keyboard.press('Shift+Enter')
+        page.wait_for_timeout(2000)
+        if re.search(r'\[[\d*]', page.locator('.jp-InputPrompt').first.inner_text()): break
     return page, page.locator('.sd-playground')
 
 
@@ -509,13 +512,13 @@ def labs_app(weights, tmp_path_factory):
 
 LOOK = '''root => {
   const images = [...root.querySelectorAll('img')].filter(o => o.offsetParent)
-  if (!images.length || images.some(o => !o.complete || !o.naturalWidth)) return ''
+  if (!images.length || images.some(o => !o.complete || !o.naturalWidth)) return []
   return images.map(img => {
     const canvas = document.createElement('canvas')
     canvas.width = img.naturalWidth, canvas.height = img.naturalHeight
     canvas.getContext('2d').drawImage(img, 0, 0)
-    return canvas.toDataURL() + getComputedStyle(img).objectPosition
-  }).join()
+    return `${img.title} at ${getComputedStyle(img).objectPosition}: ${canvas.toDataURL()}`
+  })
 }'''
 
 
@@ -585,7 +588,8 @@ def look_at_lens(lab):
     lab.root.get_by_text('step 8', exact=True).wait_for()
     def word(name): return lab.root.get_by_role('button', name=name, exact=True)
     lab.changes(word('seven').hover, lambda: lab.page.mouse.move(0, 0))
-    lab.changes(word('blue').click, lambda: (word('a').first.press('Space'), lab.page.mouse.move(0, 0)))
+    lab.changes(word('blue').click, lambda: (word('a').press('Space'), lab.page.mouse.move(0, 0)))
+    lab.root.locator('button.mod-active', has_text=re.compile('^a$')).wait_for()
     lab.filled('prompt', 'a green 4', FIRST.prompt)
     lab.changes(lambda: lab.control('seed').press('ArrowUp'), lambda: lab.control('seed').press('ArrowDown'))
 
@@ -594,7 +598,7 @@ LOOKS = dict(NoiseLab=look_at_noise, GradientLab=look_at_gradient, LatentLab=loo
              SchedulerRace=look_at_race, AttentionLens=look_at_lens)
 
 
-@pytest.mark.parametrize('where', ['labs_app', 'lab'])
+@pytest.mark.parametrize('where', ['labs_app', pytest.param('lab', marks=pytest.mark.slow)])
 def test_labs(request, opened, where):
     address = request.getfixturevalue(where)
     page = open_app(opened, address)[0] if where == 'labs_app' else open_lab(opened, address, 'labs', height=4000)[0]
