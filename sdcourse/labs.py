@@ -430,7 +430,7 @@ def _draw(self:AttentionLens, wish):
 # %% ../nbs/15b_labs.ipynb #9a50f9e3
 _LENS = """<style>.{name} {{--word: {word}; --last: {last}}}
 .{name} .sd-map {{image-rendering: pixelated; width: 100%; aspect-ratio: 1; object-fit: cover;
-  object-position: 0 calc(100%*var(--word)/var(--last))}}
+  overflow: hidden; object-position: 0 calc(100%*var(--word)/var(--last))}}
 {hover}</style>"""
 _HOVER = '.{name}:has(.widget-toggle-button:nth-child({n}):is(:hover, :focus-visible)) {{--word: {i}}}'
 
