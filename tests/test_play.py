@@ -235,7 +235,7 @@ def open_lab(opened, address, name='play', **size):
     "The playground in JupyterLab, after the only cell was run"
     page = opened(address, **size)
     page.goto(f'{address}lab/tree/{name}.ipynb?reset')
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for(state='attached')
+    page.get_by_text('| Idle').wait_for(state='attached')                       # before that nothing is run
     page.locator('.jp-Cell .cm-content').first.click()
     page.keyboard.press('Shift+Enter')
     return page, page.locator('.sd-playground')
