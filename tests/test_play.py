@@ -598,7 +598,7 @@ LOOKS = dict(NoiseLab=look_at_noise, GradientLab=look_at_gradient, LatentLab=loo
              SchedulerRace=look_at_race, AttentionLens=look_at_lens)
 
 
-@pytest.mark.parametrize('where', ['labs_app', pytest.param('lab', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('where', ['labs_app', 'lab'])
 def test_labs(request, opened, where):
     address = request.getfixturevalue(where)
     page = open_app(opened, address)[0] if where == 'labs_app' else open_lab(opened, address, 'labs', height=4000)[0]

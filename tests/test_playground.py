@@ -565,8 +565,8 @@ def test_digits(visit):
 
 def test_unknown_words_and_bad_addresses_are_named(visit):
     page = visit('?steps=999&prompt=a+red+cat')
-    said = page.inner_text('#remarks')
-    assert 'steps "999"; allowed: a whole number from 1 to 50' in said and '“cat”' in said
+    says(page, 'remarks', '“cat”')
+    assert 'steps "999"; allowed: a whole number from 1 to 50' in page.inner_text('#remarks')
     assert page.input_value('#steps') == '25'
     page = visit('#image=AAAA')
     says(page, 'remarks', 'is no picture')
