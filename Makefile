@@ -31,7 +31,7 @@ help:
 	@echo 'make test         every check: the quick ones, all notebooks, the site, pytest with a browser'
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
-	@echo 'make site         build the documentation into _docs/'
+	@echo 'make site         build the documentation and the playground into _docs/ (needs Node.js and npm)'
 	@echo 'make benchmark    how good and how fast the lessons are, beside their peers: benchmarks/*.json, some two hours'
 	@echo 'make execute      run every notebook from a fresh kernel and save the outputs'
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'

@@ -41,7 +41,8 @@ setup(
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+      extras_require={'dev': ' '.join(cfg[f'{name}_requirements'] for name in ('dev', 'play', 'export')).split(),
+                      'play': cfg['play_requirements'].split(), 'export': cfg['export_requirements'].split()},
     packages=find_packages(include=['sdcourse', 'sdcourse.*']),
     include_package_data=False,  # only what the next line names
     package_data={'sdcourse': ['mnist/*', 'pretrained/**/*']},

@@ -3,26 +3,31 @@
 # %% auto #0
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
-           'fit_pictures', 'by_prompt', 'several', 'train', 'readable', 'show_facts', 'lessons_folder', 'front_matter',
-           'find_lessons', 'copy_lessons', 'lessons', 'info', 'make_parser', 'main']
+           'fit_pictures', 'by_prompt', 'several', 'train', 'readable', 'show_facts', 'find_port', 'play_notebook',
+           'play', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons', 'lessons', 'info', 'export',
+           'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
+import errno
 import inspect
 import json
 import math
 import os
 import random
+import socket
 import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
-from importlib import import_module
+from importlib import import_module, util
 from importlib.metadata import version
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
-from tempfile import TemporaryFile
+from secrets import token_urlsafe
+from tempfile import TemporaryDirectory, TemporaryFile
 
 # %% ../nbs/99_cli.ipynb #7bbd352f
 class Parser(argparse.ArgumentParser):
@@ -295,6 +300,56 @@ def show_facts(
     for name, value in manifest.items():
         if name != 'files': print(f'  {name:<25} {readable(value)}')
 
+# %% ../nbs/99_cli.ipynb #eb1f9ccf
+def find_port(
+    host: str,  # an address or a name of this machine
+    wanted: int,  # the port to begin with
+) -> tuple[int, bool]:  # the first that is free, of fifty; whether only this machine can reach it
+    "Raises `ValueError` if this machine has no such address, or no such port is free"
+    for port in range(wanted, min(wanted + 50, 65536)):
+        try:
+            family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.create_server((address, port), family=family): return port, ip_address(address).is_loopback
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE: raise ValueError(f'cannot listen on {host}:{port}: {e.strerror}') from e
+    raise ValueError(f'all ports of {host} from {wanted} to {port} are taken')
+
+# %% ../nbs/99_cli.ipynb #dd3440cc
+_HEADERS = {'Content-Security-Policy': "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+                                       "connect-src 'self' ws: wss:; frame-ancestors 'self'"}  # nothing from elsewhere
+
+def play_notebook(
+    weights: str,  # what the playground shall draw with
+) -> str:  # JSON
+    "A notebook of one cell that shows the playground"
+    source = f'from sdcourse.widgets import DenoisePlayground\nDenoisePlayground({weights!r}).view'
+    cell = dict(cell_type='code', execution_count=None, id='play', metadata={}, outputs=[], source=source)
+    kernel = dict(name='python3', language='python', display_name='python3')
+    return json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5))
+
+# %% ../nbs/99_cli.ipynb #c0ffb0f8
+def play(
+    args,  # weights, host, port
+):
+    "Serve the playground of lesson 15 to a browser on this machine; Ctrl-C ends it"
+    if not util.find_spec('voila'): raise ValueError("this needs Voilà: pip install 'sdcourse[play]'")
+    port, local = find_port(args.host, args.port)
+    from tornado.ioloop import IOLoop
+    from voila.app import Voila
+
+    from sdcourse.model import find_pretrained
+    place, token = find_pretrained(args.weights, names=['model_index.json']), '' if local else token_urlsafe(24)
+    if not (place/'model_index.json').is_file(): raise ValueError(f'{args.weights} has no model_index.json')
+    weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
+    address = f'http://{f"[{args.host}]" if ":" in args.host else args.host}:{port}/' + f'?token={token}'*(not local)
+    with TemporaryDirectory() as folder:
+        (notebook := Path(folder)/'sdcourse.ipynb').write_text(play_notebook(weights))
+        IOLoop.current().add_callback(print, f'{address} is the playground; Ctrl-C ends it', flush=True)
+        Voila.launch_instance([str(notebook), f'--Voila.ip={args.host}', f'--port={port}', '--Voila.port_retries=0',
+                               f'--token={token}', '--no-browser', '--Voila.log_level=WARN',
+                               f'--Voila.tornado_settings={{"headers": {_HEADERS!r}}}'])
+    print('ended')
+
 # %% ../nbs/99_cli.ipynb #6ed1809a
 def lessons_folder() -> Path:  # holds the notebooks
     "Where the lessons are: in the installed package, or beside it in a checkout"
@@ -452,6 +507,26 @@ def _add_train(commands):
     models.choices['scenes'].add_argument('--data', type=Path, metavar='FOLDER', help='pictures with captions, or tar '
                                           'files of them, instead of new scenes (lesson 11b)')
 
+# %% ../nbs/99_cli.ipynb #1ec96bb7
+def export(
+    args,  # weights, output, dtype
+):
+    "Write each part of a model as a graph that runs without Python (lesson 12b)"
+    from sdcourse.export import export_onnx
+    files = export_onnx(args.weights, args.output, args.dtype)['files']
+    print(f'{args.output}: {len(files) + 1} files, {sum(file["bytes"] for file in files.values())/1e6:.1f} MB')
+
+def _add_export(commands):
+    "The words of `sdcourse export`"
+    p = commands.add_parser('export', help='write a model as graphs for other programs', description=export.__doc__)
+    p.add_argument('weights', metavar='FOLDER', help='scenes, digits, a folder, or OWNER/NAME on the hub')
+    p.add_argument('--to', choices=['onnx'], default='onnx', help='(default: onnx)')
+    p.add_argument('-o', '--output', type=Path, default=Path('my_graphs'), metavar='FOLDER',
+                   help='a new folder (default: my_graphs)')
+    p.add_argument('--dtype', choices=['float32', 'float16', 'int8'], default='float16',
+                   help='of the stored weights (default: float16)')
+    p.set_defaults(run=export)
+
 # %% ../nbs/99_cli.ipynb #b3159670
 def make_parser() -> Parser:  # knows every command
     "All that may be typed"
@@ -460,6 +535,12 @@ def make_parser() -> Parser:  # knows every command
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', dest='command')
     _add_draw(commands)
     _add_train(commands)
+    p = commands.add_parser('play', help='play with the denoising, in a browser', description=play.__doc__)
+    p.add_argument('--weights', default='scenes', metavar='NAME', help='as of `generate` (default: scenes)')
+    p.add_argument('--port', type=number(1, 65535, int), default=8866, help='or the next free one (default: 8866)')
+    p.add_argument('--host', default='127.0.0.1', help='(default: 127.0.0.1, this machine alone; others need a token)')
+    p.set_defaults(run=play)
+    _add_export(commands)
     p = commands.add_parser('lessons', help='list the lessons, or copy them', description=lessons.__doc__)
     p.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='copy them there, to work on them')
     p.set_defaults(run=lessons)

@@ -149,7 +149,8 @@ def _check_ids(ids, config):
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or 0 in ids.shape:
         raise ValueError(f'input_ids must be an integer tensor (b,n), b and n at least 1, got {_kind(ids)}')
     if ids.shape[1] > (n := config.max_position_embeddings): raise ValueError(f'{ids.shape[1]} ids for {n} positions')
-    if ids.device.type == 'cpu' and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+    seen = ids.device.type == 'cpu' and not torch.compiler.is_compiling()  # a graph has no numbers yet
+    if seen and not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise ValueError(f'input_ids {ids.min()} to {ids.max()} do not fit a vocabulary of {config.vocab_size} tokens')
 
 # %% ../nbs/09_clip.ipynb #a61e2d71
@@ -166,7 +167,7 @@ def forward(self:CLIPTextModel,
     states = _states(self.encoder, x, mask, causal=mask is None)
     last, eos = self.final_layer_norm(states[-1]), config.eos_token_id
     ends = input_ids.argmax(1) if eos == 2 else (input_ids == eos).int().argmax(1)
-    pooled = last[torch.arange(len(last), device=last.device), ends]      # (b,d)
+    pooled = last[torch.arange(last.shape[0], device=last.device), ends]  # (b,d)
     return EncoderOutput(last, pooled, states if output_hidden_states else None)
 
 # %% ../nbs/09_clip.ipynb #9f3c3412

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .images import atomic_path
 
@@ -351,6 +352,13 @@ def modernize(cls: Model,
     "Old names to new ones; for a subclass to override"
     return weights
 
+# %% ../nbs/00_model.ipynb #4d840333
+class _NoInit(TorchFunctionMode):
+    "Within it, the functions of `torch.nn.init` leave tensors as they are"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', None) == 'torch.nn.init': return args[0] if args else kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
 # %% ../nbs/00_model.ipynb #1b44c8da
 @patch(cls_method=True)
 def _without_weights(cls: Model,
@@ -358,7 +366,7 @@ def _without_weights(cls: Model,
 ) -> Model | None:  # on the meta device, or None
     "The layers without their numbers: no memory, no time. None where something would be lost, or cannot be built"
     try:
-        with torch.device('meta'): model = cls.from_config(config)
+        with torch.device('meta'), _NoInit(): model = cls.from_config(config)
     except ValueError: return None  # the constructor looks at numbers, or the config is wrong
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     saved_once = len({id(t) for _, t in tensors}) == len(tensors) == len(model.state_dict())

@@ -539,3 +539,53 @@ def save_pretrained(self:StableDiffusionPipeline,
         if part is not None: part.save_pretrained(folder/name, **dict(dtype=dtype) if isinstance(part, Model) else {})
     with atomic_path(folder/'model_index.json') as path: path.write_text(_as_json(index, 'model_index.json'))
     return folder
+
+# %% ../nbs/11_pipeline.ipynb #b55b9f8a
+def _text_for_each(texts, name, n):
+    "A text for each of n pictures; raises `ValueError` unless there is one, or one for each"
+    texts = _list_texts(texts, name)
+    if len(texts) in (1, n): return texts*(n//len(texts))
+    raise ValueError(f'{name} must be one text, or one for each of {n} pictures, got {len(texts)}')
+
+# %% ../nbs/11_pipeline.ipynb #83c48fb9
+@patch
+@torch.no_grad()
+def find_part(self:StableDiffusionPipeline,
+    image, # PIL pictures, or a tensor (n,3,h,w) in [-1,1]
+    part:str|Sequence[str], # a prompt for what is looked for: one, or one for each picture
+    rest:str|Sequence[str]='', # a prompt for what else is there: one, or one for each picture
+    strengths:Sequence[float]=(.1, .2, .3), # how much noise, above 0 to 1; little, so that the shapes are still there
+    repeats:int=4, # noises for each strength, at least 1
+    seed:int=0, # of the noise
+) -> Tensor: # masks for `mask_image`, white where the part is, (n,1,h,w) of 0 and 1
+    "Where `part` predicts the picture better than `rest` does. Raises `ValueError` as `denoise` does"
+    image, gap = _check_pictures(image, self.factor), 0
+    part, rest = (_text_for_each(texts, name, len(image)) for name, texts in dict(part=part, rest=rest).items())
+    def noise(i): return [torch.Generator(self.device).manual_seed(seed + i) for _ in image]
+    clean = self.encode(image, noise(0))
+    def wrong(texts, strength, i):
+        step = next(self.denoise(texts, image=image, strength=strength, guidance_scale=1., generator=noise(i)))
+        return (step.x0 - clean).square().mean(1, keepdim=True)
+    for strength in strengths:
+        for i in range(_whole(repeats, 'repeats', 1)): gap += wrong(rest, strength, i) - wrong(part, strength, i)
+    for _ in range(2): gap = F.avg_pool2d(gap, 3, stride=1, padding=1, count_include_pad=False)
+    return F.interpolate((gap > 0).float(), scale_factor=self.factor)
+
+# %% ../nbs/11_pipeline.ipynb #ce6b50a8
+@patch
+def take_away(self:StableDiffusionPipeline,
+    image, # PIL pictures, or a tensor (n,3,h,w) in [-1,1]
+    prompt:str|Sequence[str], negative_prompt:str|Sequence[str], # what stays, what goes; one, or one for each picture
+    strength:float=.4, # of repainting, above 0 to 1
+    guidance_scale:float=2., seed:int=0, # as for `denoise`; of the noise that finds the place
+    **words, # more arguments of the call: num_inference_steps, generator, output_type
+) -> Output: # the pictures
+    "Find what the negative prompt names, fill its place with what is around, and repaint that."
+    image = _check_pictures(image, self.factor)
+    prompt = _text_for_each(prompt, 'prompt', len(image))
+    mask = self.find_part(image, negative_prompt, prompt, seed=seed)
+    filled = image.clone()
+    for new, where in zip(filled, mask[:, 0].cpu() > .5):
+        if not where.all(): new[:, where] = new[:, ~where].median(dim=1, keepdim=True).values
+    return self(prompt, negative_prompt=negative_prompt, image=filled, mask_image=mask, strength=strength,
+                guidance_scale=guidance_scale, **words)

@@ -84,35 +84,6 @@ class _Part:
         if '.in_proj_' in name: return weight.chunk(3)['qkv'.index(ours.split('_proj')[0][-1])]
         return weight[:, :, 0, 0] if '.attn_1.' in name and weight.ndim == 4 else weight
 
-# %% ../nbs/16_real_weights.ipynb #847bb769
-def _unet_config(part, side, tokenizer):
-    "Arguments of the U-Net; `side` of the latents is a note"
-    first = 'down_blocks.0.attentions.0'
-    channels = [len(part[f'down_blocks.{i}.resnets.0.conv1.bias']) for i in range(4)]
-    words = part[f'{first}.transformer_blocks.0.attn2.to_k.weight'].shape[1]
-    second = part[f'{first}.proj_in.weight'].ndim == 2                     # version 2
-    return dict(sample_size=side, in_channels=part['conv_in.weight'].shape[1], block_out_channels=channels,
-                cross_attention_dim=words, use_linear_projection=second,
-                attention_head_dim=[max(c//64, 1) for c in channels] if second else 8)
-
-def _vae_config(part, side, tokenizer):
-    "Arguments of the VAE; a note is how large its pictures are"
-    channels = [len(part[f'encoder.down_blocks.{i}.resnets.0.conv1.bias']) for i in range(4)]
-    return dict(block_out_channels=channels, layers_per_block=2, sample_size=8*side,
-                latent_channels=len(part['post_quant_conv.bias']),
-                down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
-
-def _text_config(part, side, tokenizer):
-    "Arguments of the text encoder; of OpenCLIP's 24 layers the last is left out"
-    n, width = part['embeddings.token_embedding.weight'].shape
-    if n != len(tokenizer): raise ValueError(f'its text encoder knows {n} tokens, the tokenizer {len(tokenizer)}')
-    ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_token_id') for name in ('bos', 'eos', 'pad')}
-    return dict(ids, vocab_size=n, hidden_size=width, num_attention_heads=max(width//64, 1),
-                num_hidden_layers=sum(f'encoder.layers.{i}.layer_norm1.weight' in part for i in range(23)),
-                max_position_embeddings=len(part['embeddings.position_embedding.weight']),
-                intermediate_size=len(part['encoder.layers.0.mlp.fc1.bias']), projection_dim=width,
-                hidden_act='gelu' if part.rules is _OPEN_CLIP else 'quick_gelu')
-
 # %% ../nbs/16_real_weights.ipynb #f392f383
 def _read_file(path):
     "All tensors of a file by their original names; raises `ValueError` for a file that is not one, or damaged"
@@ -140,6 +111,35 @@ def _model_of(kind, part, config, device, dtype):
     if more and kind is UNet2DConditionModel:
         raise ValueError(f'its U-Net has layers that those of Stable Diffusion 1 and 2 do not have: {more[0]}')
     return kind._from_weights(config, {name: part[name] for name in names}, 'the file', device, dtype)
+
+# %% ../nbs/16_real_weights.ipynb #847bb769
+def _unet_config(part, side, tokenizer):
+    "Arguments of the U-Net; the `side` of its latents is noted, no shape tells it"
+    first = 'down_blocks.0.attentions.0'
+    channels = [len(part[f'down_blocks.{i}.resnets.0.conv1.bias']) for i in range(4)]
+    words = part[f'{first}.transformer_blocks.0.attn2.to_k.weight'].shape[1]
+    second = part[f'{first}.proj_in.weight'].ndim == 2                     # version 2
+    return dict(sample_size=side, in_channels=part['conv_in.weight'].shape[1], block_out_channels=channels,
+                cross_attention_dim=words, use_linear_projection=second,
+                attention_head_dim=[max(c//64, 1) for c in channels] if second else 8)
+
+def _vae_config(part, side, tokenizer):
+    "Arguments of the VAE; the side of its pictures is noted"
+    channels = [len(part[f'encoder.down_blocks.{i}.resnets.0.conv1.bias']) for i in range(4)]
+    return dict(block_out_channels=channels, layers_per_block=2, sample_size=8*side,
+                latent_channels=len(part['post_quant_conv.bias']),
+                down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
+
+def _text_config(part, side, tokenizer):
+    "Arguments of the text encoder; of OpenCLIP's 24 layers the last is left out"
+    n, width = part['embeddings.token_embedding.weight'].shape
+    if n != len(tokenizer): raise ValueError(f'its text encoder knows {n} tokens, the tokenizer {len(tokenizer)}')
+    ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_token_id') for name in ('bos', 'eos', 'pad')}
+    return dict(ids, vocab_size=n, hidden_size=width, num_attention_heads=max(width//64, 1),
+                num_hidden_layers=sum(f'encoder.layers.{i}.layer_norm1.weight' in part for i in range(23)),
+                max_position_embeddings=len(part['embeddings.position_embedding.weight']),
+                intermediate_size=len(part['encoder.layers.0.mlp.fc1.bias']), projection_dim=width,
+                hidden_act='gelu' if part.rules is _OPEN_CLIP else 'quick_gelu')
 
 # %% ../nbs/16_real_weights.ipynb #da5669c7
 def _tokenizer_for(second, tokenizer):
@@ -243,8 +243,9 @@ class PeakMemory(TorchDispatchMode):
         self.now, self.peak, self._known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._note(args, 0)                                               # what was there before
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self._note((args, (*kwargs.values(),)), 0)                        # what was there before
+        result = func(*args, **kwargs)
         self._note(result, 1)
         return result
 

@@ -444,14 +444,15 @@ def embed(self:UNet2DConditionModel,
     x:Tensor, # the batch, for its size, type and place
 ) -> Tensor: # temb, (b,4·block_out_channels[0])
     "What every ResNet is told: the time, and the class. Raises `ValueError` for labels without classes, or the reverse"
-    t, c = torch.as_tensor(timestep, device=x.device).expand(len(x)), self.config
+    t, c = torch.as_tensor(timestep, device=x.device).expand(x.shape[0]), self.config
     waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
     temb, classes = self.time_embedding(waves.to(self.dtype)), c.num_class_embeds
     if (class_labels is None) != (classes is None):
         raise ValueError('this model has no classes: class_labels must be None' if classes is None else
                          f'class_labels is None; this model needs one for each picture, 0 to {classes - 1}')
     if classes is None: return temb
-    if class_labels.device.type == 'cpu' and not ((class_labels >= 0) & (class_labels < classes)).all():
+    seen = class_labels.device.type == 'cpu' and not torch.compiler.is_compiling()      # a graph has no numbers yet
+    if seen and not ((class_labels >= 0) & (class_labels < classes)).all():
         raise ValueError(f'class_labels must lie between 0 and {classes - 1}, got {class_labels.tolist()}')
     return temb + self.class_embedding(class_labels)
 

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT/'tools'))  # last: tools/site.py must not hide Python's own
+FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
 
 
 @pytest.fixture(scope='session')
@@ -43,3 +45,17 @@ def devices():
 def device(request):
     "Each device in turn"
     return request.param
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    "A real Chromium"
+    import shutil
+    names = ['chromium', 'chromium-browser', 'google-chrome']
+    path = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, names)), None)
+    if not path: pytest.fail('no Chromium: set CHROMIUM to one (`python tools/chromium.py` finds or installs it)')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()

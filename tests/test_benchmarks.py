@@ -48,6 +48,7 @@ def test_limits(quick):
     assert max(share for name, share in found['shares'].items() if name.endswith(', float32')) == 1
 
 
+@pytest.mark.slow
 def test_peers(quick):
     said, found = quick('peers')
     assert len(found['rivals']) == 4 and all(name in said for name in found['rivals'])

@@ -77,8 +77,8 @@ def test_help_is_quick():
     assert min(times) < 0.5, times
 
 
-COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'lessons',
-            'info']
+COMMANDS = ['generate', 'digits', 'synthesize', 'train', *(f'train {name}' for name in cli.TRAININGS), 'export',
+            'lessons', 'info']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -435,7 +435,8 @@ def test_generate_words(terminal, painter, asked):
 
 def test_make(root):
     "What `make` runs in the end is a command, and `make clean` removes what it writes"
-    def planned(*words): return subprocess.check_output(['make', '-n', *words], cwd=root, text=True)
+    def planned(*words):
+        return subprocess.check_output(['make', '-n', '--no-print-directory', *words], cwd=root, text=True)
     args = cli.make_parser().parse_args(shlex.split(planned('all').splitlines()[-1])[1:])
     assert args.what == [PROMPT] and args.output == Path('scene.png') and args.command == 'generate'
     args = cli.make_parser().parse_args(shlex.split(planned('all', 'PROMPT=un 3', 'OUTPUT=x.png').splitlines()[-1])[1:])

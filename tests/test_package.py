@@ -88,7 +88,8 @@ def test_metadata(root, metadata):
     assert metadata['License-Expression'] == cfg['license']
     assert metadata['Requires-Python'] == '>='+cfg['min_python']
     wanted = {canonical(r) for r in cfg['requirements'].split()}
-    wanted |= {canonical(f'{r}; extra == "dev"') for r in cfg['dev_requirements'].split()}
+    for extra, lists in {'dev': ('dev', 'play', 'export'), 'play': ('play',), 'export': ('export',)}.items():
+        wanted |= {canonical(f'{r}; extra == "{extra}"') for name in lists for r in cfg[f'{name}_requirements'].split()}
     assert {canonical(r) for r in metadata.get_all('Requires-Dist')} == wanted
     assert all('<' not in spec and '==' not in spec for _, spec, _ in wanted), 'lower bounds, no caps'
 
@@ -99,7 +100,8 @@ def test_constraints(root):
     lines = (root/'constraints.txt').read_text().splitlines()
     pins = {canonicalize_name(r.name): r for r in (Requirement(x) for x in lines if not x.startswith('#'))}
     cfg = settings(root)
-    for wanted in map(Requirement, f"{cfg['requirements']} {cfg['dev_requirements']}".split()):
+    listed = ' '.join(cfg[f'{kind}requirements'] for kind in ('', 'dev_', 'play_', 'export_'))
+    for wanted in map(Requirement, listed.split()):
         pin = pins.get(canonicalize_name(wanted.name))
         assert pin is not None, f'constraints.txt does not name {wanted.name}: make constraints'
         version = str(pin.specifier).removeprefix('==')

@@ -21,7 +21,9 @@ from PIL import Image
 
 from sdcourse import schedulers
 from sdcourse.clip import CLIPTextModel
+from sdcourse.data import INKS, Scenes, caption
 from sdcourse.images import to_pictures, to_pil
+from sdcourse.metrics import cut_out, read_scenes
 from sdcourse.model import find_pretrained
 from sdcourse.pipeline import (Output, StableDiffusionPipeline, Step, parse_weights, rescale_guidance,
                                slerp, token_rows, unknown_words)
@@ -707,6 +709,61 @@ def test_guidance_scales_and_negative_prompts(pipe):
     near(eps(PROMPT, 0, NEGATIVE), eps(NEGATIVE, 1), 1e-6)
     near(eps(PROMPT, 1, NEGATIVE), eps(PROMPT, 1), 0)
     assert (eps(PROMPT, 0, NEGATIVE) - eps(PROMPT, 0)).abs().max() > 1e-4
+
+
+@pytest.fixture(scope='module')
+def pairs():
+    "The shipped pipeline, test scenes of two things, a text for each of the two"
+    scenes = [one for one in Scenes('test', 200, seed=5).batch(range(200))[1] if one.relation][:24]
+    return StableDiffusionPipeline.from_pretrained('scenes'), scenes, *(
+        [caption([one.things[i]]) for one in scenes] for i in (0, 1))
+
+
+def test_find_part(pairs):
+    pipe, scenes, first, second = pairs
+    images = torch.stack([one.image for one in scenes])
+    masks = pipe.find_part(images, first, second)
+    assert masks.shape == (24, 1, 64, 64) and {*masks.unique().tolist()} == {0, 1}
+    ink = (cut_out(images, scenes).amax(1, keepdim=True) > 0).float()
+    found = cut_out(masks.expand(-1, 3, -1, -1), scenes)[:, :1]*ink
+    shares = (found.sum((1, 2, 3))/ink.sum((1, 2, 3))).view(-1, 2).mean(0)  # of the ink of either thing
+    assert shares[0] > .9 and shares[1] < .1
+    assert pipe.find_part(images, second, first).add(masks).eq(1).all()  # no third place
+    assert torch.equal(pipe.find_part(images[:1], first[:1], second[:1]), masks[:1])
+    one = pipe.find_part(to_pil(images[0]), first[0], second[0], strengths=[.2], repeats=1, seed=3)
+    assert one.shape == (1, 1, 64, 64) and one.ne(masks[:1]).float().mean() < .3
+
+
+def test_take_away(pairs):
+    "What is named goes, the other stays: nearly always"
+    pipe, scenes, first, second = pairs
+    before = torch.stack([one.image for one in scenes])
+    words = dict(num_inference_steps=25, output_type='pt', generator=[generator(i) for i in range(24)])
+    after = pipe.take_away(before, second, first, **words).images*2 - 1
+    light = [(cut_out(x, scenes).clamp(-1, 1) + 1).amax(1).mean((1, 2)).view(-1, 2) for x in (before, after)]
+    digits, inks = (found.view(-1, 2)[:, 1].tolist() for found in read_scenes(after, scenes))
+    right = [(d, [*INKS][i]) == one.things[1][:2] for d, i, one in zip(digits, inks, scenes)]
+    assert ((light[1][:, 0] < light[0][:, 0]/4) & torch.tensor(right)).float().mean() >= .8
+    assert (light[1][:, 1] > light[0][:, 1]/2).float().mean() >= .9
+    again = pipe.take_away(before, second, first, **words | dict(generator=[generator(i) for i in range(24)]))
+    assert torch.equal(again.images*2 - 1, after)
+
+
+def test_take_away_everything(pipe, monkeypatch):
+    "A mask that leaves nothing: there is nothing to fill with"
+    white = torch.ones(1, 1, 32, 32)
+    monkeypatch.setattr(StableDiffusionPipeline, 'find_part', lambda *args, **words: white)
+    drawn = pipe.take_away(picture(), PROMPT, NEGATIVE, num_inference_steps=5, generator=generator()).images[0]
+    plain = pipe(PROMPT, negative_prompt=NEGATIVE, image=picture(), mask_image=white, strength=.4, guidance_scale=2.,
+                 num_inference_steps=5, generator=generator()).images[0]
+    assert np.array_equal(drawn, plain)
+
+
+@pytest.mark.parametrize('words, what', [
+    (dict(repeats=0), 'repeats'), (dict(strengths=[1.5]), '1.5'), (dict(part=7), 'int 7'),
+    (dict(part=[PROMPT]*3), 'part .* 1 pictures, got 3'), (dict(rest=[]), 'an empty list')])
+def test_find_part_of_what(pipe, words, what):
+    with pytest.raises(ValueError, match=what): pipe.find_part(**dict(image=picture(), part=PROMPT) | words)
 
 
 def test_rescale_guidance():

@@ -31,6 +31,7 @@ def plain_markdown(text: str) -> str:
 
 def local(path: str) -> str:
     "A link of the notebook, which stands in nbs/, as seen from the top folder."
+    if path.startswith('playground/'): return 'playground'  # a page of the site; here is what it is made of
     return path[3:] if path.startswith('../') else f'nbs/{path.removeprefix("./")}'
 
 

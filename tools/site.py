@@ -25,6 +25,8 @@ from fastcore.nbio import nb_frontmatter, read_nb, write_nb
 from math_core import LatexError, LatexToMathML
 from PIL import Image
 
+import playground
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = '_quarto.yml'
 # what smalldocs says of the keys that only quarto reads (`finish_page` and `rename_pages` do their work), and of broken
@@ -35,7 +37,7 @@ CDN = re.compile(r'//(cdn\.jsdelivr\.net|cdnjs\.cloudflare\.com|unpkg\.com|polyf
 IMPORT = re.compile(r'''@import\s*(?:url\(\s*)?(["']?)(?:https?:)?//[^"')]*\1\s*\)?[^;]*;''')
 PICTURES = 'image/svg+xml', 'image/png', 'image/jpeg', 'image/gif'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
-PROGRESS = re.compile(r'\d+%\|')  # a progress bar in text
+PROGRESS = re.compile(r'\d+%\||\d\w+ \[\d\d:\d\d')  # a progress bar in text, with a total or without
 LOADED = {'script': 'src', 'link': 'href', 'img': 'src', 'iframe': 'src', 'source': 'src', 'video': 'src',
           'audio': 'src', 'embed': 'src', 'object': 'data'}  # what a browser fetches with the page
 math_converter = LatexToMathML(annotation=True, allow_unreliable_rendering=True, fancy_error=False)
@@ -322,7 +324,11 @@ def check(out: Path) -> list[str]:
 def build(root: Path, out: Path, renderer: str) -> int:
     "Build the site of the project in `root` into `out`; returns the number of pages. A faulty site replaces nothing."
     made = render(prepare(root), renderer)
-    faults = finish(made) + check(made)
+    faults = finish(made)
+    if (root/'playground').is_dir():
+        try: playground.build(root/'playground', made/'playground')
+        except playground.PlaygroundError as e: raise SiteError(str(e)) from e
+    faults += check(made)
     if faults: raise SiteError('\n'.join(faults))
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(made, out)

@@ -75,6 +75,9 @@ def test_latent():
     lab = LatentLab()
     there_and_back(lab, lab.values[2], 5.)
     start = lab.z.clone()
+    before = lab.figure()
+    for value in lab.values: value.value = round(value.value, 1)                # what a browser does with it
+    assert lab.figure() == before and torch.equal(lab.z, start), 'to look is not to change'
     lab.values[0].value = 3
     lab.row.value, lab.column.value = 0, 7
     assert lab.values[1].value == pytest.approx(start[0, 1, 0, 7].item())
@@ -95,11 +98,31 @@ def test_clip():
             CLIPSearch(images, best=best)
 
 
+def test_labels(pipe, closing):
+    "Every control has a label, every picture and button words, and all are standard widgets"
+    import ipywidgets as w
+    def below(widget):
+        yield widget
+        for child in getattr(widget, 'children', ()): yield from below(child)
+    images = Scenes('test', 8).batch(range(8))[0]
+    for lab in (NoiseLab(), GradientLab(), LatentLab(), CLIPSearch(images), closing(SchedulerRace(pipe)),
+                closing(AttentionLens(pipe))):
+        if lab.runner: assert lab.runner.wait(60)
+        found = [*below(lab.view)]
+        assert [widget for widget in found if widget.has_trait('value')]
+        for widget in found:
+            assert widget._view_module in ('@jupyter-widgets/base', '@jupyter-widgets/controls'), widget
+            if isinstance(widget, (w.Button, w.Image)): assert widget.tooltip or getattr(widget, 'description', '')
+            elif widget.has_trait('value') and not isinstance(widget, (w.HTML, w.Label)): assert widget.description
+
+
 def test_picture_lab_is_shown(closing):
     lab = closing(NoiseLab())
     bundle = lab._repr_mimebundle_()
     assert {*bundle} == {'text/plain', 'image/png', 'application/vnd.jupyter.widget-view+json'}
-    assert isinstance(lab, PictureLab) and lab.image.tooltip
+    assert isinstance(lab, PictureLab) and len(lab.panels) == 3 and all(panel.tooltip for panel in lab.panels)
+    widths = [opened(panel.value).width for panel in lab.panels]
+    assert opened(lab.figure()).width == sum(widths) and max(widths) < 300, 'each fits on a phone'
 
 
 @pytest.mark.parametrize('name', [name for name in SCHEDULERS if name != 'flow'])
@@ -154,6 +177,17 @@ def test_words_are_watched(pipe):
     assert mean_map(seen, 8, 8).shape == (32, 8, 8)
 
 
+def test_another_thread_is_not_watched(pipe):
+    "Two labs may share a U-Net"
+    with watch_words(pipe.unet) as seen:
+        other = threading.Thread(target=lambda: next(draw_steps(pipe, Settings(num_inference_steps=4))))
+        other.start()
+        other.join()
+        assert not seen
+        next(draw_steps(pipe, Settings(num_inference_steps=4)))
+    assert seen
+
+
 def test_shares_are_those_of_the_layer(pipe):
     "With one head, values that are the tokens' numbers and no last layer, the layer answers with its own shares"
     from sdcourse.unet import Attention, Remembered
@@ -190,25 +224,44 @@ def test_word_places(pipe):
     assert long[29] == ('red', [30]) and long[30] == ('7', [33]), 'the second row begins with a start token, too'
 
 
+def strip(lens, step):
+    "The maps of all words at a step, as the browser gets them"
+    return opened(lens.tiles.children[step].children[0].value)
+
+
 def test_lens(pipe, closing):
     lens = closing(AttentionLens(pipe))
-    assert lens.runner.wait(60) and [word for word, _ in lens.word.options] == Settings().prompt.split()
-    assert lens.maps().shape == (8, 1, 8, 8) and lens.maps().max() == 1
-    first = lens.image.value
-    lens.word.value = 3
-    assert lens.image.value != first
+    assert lens.runner.wait(60) and ' '.join(word for word, _ in lens.word.options) == \
+        'a bold red seven above a (2) blue 3'
+    assert lens.maps().shape == (8, 8, 8, 8) and (lens.maps().amax((0, 2, 3)) == 1).all()
+    assert len(lens.tiles.children) == 8 and strip(lens, 0).size == (8, 64)
+    first = lens.figure()
+    for i in (3, 7):
+        lens.word.value = i
+        assert f'--word: {i}; --last: 7' in lens.style.value
+        place = (0, 8*i, 8, 8*i + 8)
+        assert strip(lens, 5).crop(place).tobytes() == opened(labs.png(lens.maps()[5, i:i + 1]*2 - 1)).tobytes()
+    assert lens.figure() != first
     lens.word.value = 0
-    assert lens.image.value == first and opened(first).width > 8*64
+    assert lens.figure() == first and opened(first).width > 8*64
     lens.word.value = 2
-    chosen = lens.image.value
+    chosen = lens.figure()
     lens.seed.value = 9
-    assert lens.runner.wait(60) and lens.word.value == 2 and lens.image.value != chosen
+    assert lens.runner.wait(60) and lens.word.value == 2 and lens.figure() != chosen
     lens.prompt.value = ''
     assert lens.runner.wait(60) and lens.word.options == () and not lens.maps().any() and lens.figure()
     for i in range(30): lens.prompt.value = 'a red 7 above a blue 3 '*(i % 5)
     lens.prompt.value, lens.seed.value, lens.word.value = Settings().prompt, 0, 0
-    assert lens.runner.wait(60) and lens.image.value == first and not lens.status.value
+    assert lens.runner.wait(60) and lens.figure() == first and not lens.status.value
     assert not any(layer._forward_hooks for layer in pipe.unet.modules()), 'no hook is left'
+
+
+def test_every_word_can_be_hovered(pipe, closing):
+    "A rule for each, and none for another lens on the page"
+    lens, other = closing(AttentionLens(pipe)), closing(AttentionLens(pipe, Settings('a red 7', num_inference_steps=2)))
+    assert lens.runner.wait(60) and other.runner.wait(60) and lens.name != other.name
+    assert lens.style.value.count(':hover') == 8 and other.style.value.count(':hover') == 3
+    assert lens.name in lens.view._dom_classes and other.name not in lens.style.value
 
 
 def test_lens_over_a_foreign_unet(pipe):
