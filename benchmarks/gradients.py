@@ -54,6 +54,7 @@ def rows() -> dict:
     return {
         'import torch': lambda: import_seconds('import torch'),
         'import sdcourse.gradients (torch included)': lambda: import_seconds('import sdcourse.gradients'),
+        'import sdcourse.pipeline (torch included)': lambda: import_seconds('import sdcourse.pipeline'),
         '784 nudges of a pixel': lambda: timed(lambda: nudges(model, x, 3)),
         'one backward pass to the pixels': lambda: timed(lambda: input_gradient(model, x, torch.tensor([3]))),
         'synthesize 10 digits, 100 steps': lambda: timed(lambda: synthesize(range(10))),

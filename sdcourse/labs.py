@@ -185,11 +185,12 @@ class LatentLab(PictureLab):
         self.vae = vae or AutoencoderKL.from_pretrained('scenes/vae')
         image = Scenes('test', 1)[0].image if image is None else image
         with torch.no_grad(): mean = self.vae.encode(image[None]).latent_dist.mean
-        self.start = (10*mean*self.vae.config.scaling_factor).round().clamp(-60, 60)/10   # as the sliders can show it
+        self.start = (8*mean*self.vae.config.scaling_factor).round().clamp(-64, 64)/8      # as the sliders can show it
         self.z, (height, width) = self.start.clone(), mean.shape[2:]
         self.row = w.IntSlider(height//2, 0, height - 1, description='row')
         self.column = w.IntSlider(width//2, 0, width - 1, description='column')
-        self.values = [w.FloatSlider(0, min=-6, max=6, step=.1, description=f'channel {i}') for i in range(4)]
+        self.values = [w.FloatSlider(0, min=-8, max=8, step=1/8, readout_format='.3f', description=f'channel {i}')
+                       for i in range(4)]
         self.reset = w.Button(description='as it was', layout=w.Layout(margin='2px 2px 2px 90px'))
         self.reset.on_click(lambda _: self._read(self.start))
         for place in (self.row, self.column): place.observe(lambda _: self._read(self.z), 'value')
@@ -430,7 +431,7 @@ def _draw(self:AttentionLens, wish):
 # %% ../nbs/15b_labs.ipynb #9a50f9e3
 _LENS = """<style>.{name} {{--word: {word}; --last: {last}}}
 .{name} .sd-map {{image-rendering: pixelated; width: 100%; aspect-ratio: 1; object-fit: cover;
-  object-position: 0 calc(100%*var(--word)/var(--last))}}
+  overflow: hidden; object-position: 0 calc(100%*var(--word)/var(--last))}}
 {hover}</style>"""
 _HOVER = '.{name}:has(.widget-toggle-button:nth-child({n}):is(:hover, :focus-visible)) {{--word: {i}}}'
 

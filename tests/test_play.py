@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import websocket
+from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 from PIL import Image
 from test_widgets import start_picture, tiny_pipeline
 
@@ -113,21 +114,23 @@ def test_gives_nothing_away(app, path):
     assert get(app[0] + path)[0] in (403, 404, 405)
 
 
-def message(kind, **content):
+def packed(kind, **content):
+    "A message to a kernel, as a browser sends it"
     header = dict(msg_id=kind, username='', session='s', msg_type=kind, version='5.3', date='2025-01-01T00:00:00Z')
-    return json.dumps(dict(header=header, parent_header={}, metadata={}, content=content, channel='shell', buffers=[]))
+    return serialize_msg_to_ws_v1([json.dumps(part).encode() for part in (header, {}, {}, content)], 'shell')
 
 
 def test_runs_no_code(app, visit, tmp_path):
     "A message that would run code is dropped; the next one is answered"
     made = tmp_path/'made'
     address = f'{app[0].replace("http", "ws")}api/kernels/{visit[1]}/channels'
-    channel = websocket.create_connection(address, timeout=PATIENCE)
-    channel.send(message('execute_request', code=f'open({str(made)!r}, "w")', silent=False, store_history=False,
-                         user_expressions={}, allow_stdin=False))
-    channel.send(message('kernel_info_request'))
+    channel = websocket.create_connection(address, timeout=PATIENCE, subprotocols=['v1.kernel.websocket.jupyter.org'])
+    channel.send_binary(packed('execute_request', code=f'open({str(made)!r}, "w")', silent=False, store_history=False,
+                               user_expressions={}, allow_stdin=False))
+    channel.send_binary(packed('kernel_info_request'))
     kinds = []
-    while 'kernel_info_reply' not in kinds: kinds.append(json.loads(channel.recv())['header']['msg_type'])
+    while 'kernel_info_reply' not in kinds:
+        kinds.append(json.loads(deserialize_msg_from_ws_v1(channel.recv())[1][0])['msg_type'])
     channel.close()
     assert 'execute_reply' not in kinds and not made.exists()
 
@@ -598,7 +601,7 @@ LOOKS = dict(NoiseLab=look_at_noise, GradientLab=look_at_gradient, LatentLab=loo
              SchedulerRace=look_at_race, AttentionLens=look_at_lens)
 
 
-@pytest.mark.parametrize('where', ['labs_app', pytest.param('lab', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('where', ['labs_app', 'lab'])
 def test_labs(request, opened, where):
     address = request.getfixturevalue(where)
     page = open_app(opened, address)[0] if where == 'labs_app' else open_lab(opened, address, 'labs', height=4000)[0]
