@@ -3,10 +3,10 @@
     python benchmarks/pipeline.py [--weights scenes] [--steps 25] [--repeats 5] [--json FILE] [--random] [--quick]
 
 Seconds of a call, the median of the repeats, which take turns, after one that is not counted; and of the processors'
-time, which other programs on the machine disturb less. Where there is a C++ compiler, both pipelines run once more with
-U-Nets that torch has compiled; the compiling itself is not counted. With --random the U-Net has the size of the
-lesson's and random weights, which take as long as trained ones; VAE and text encoder are the shipped ones. Memory: the
-peak of a process that loads one of the two pipelines, not compiled, and draws with it.
+time, which other programs on the machine disturb less. Ours runs once more as the graphs of lesson 12b, and where there
+is a C++ compiler, both run once more with U-Nets that torch has compiled; exporting and compiling are not counted. With
+--random the U-Net has the size of the lesson's and random weights, which take as long as trained ones; VAE and text
+encoder are the shipped ones. Memory: the peak of a process that loads one of the two pipelines and draws with it.
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ NOISE = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, pr
 PROMPTS = ['a bold red seven above a blue 3', 'un 5 viola a destra di un 9 bianco', 'a thin green 4', 'a yellow zero']
 
 
-NAMES, BATCHES, COMPILED = ('ours', 'diffusers'), (1, 16), ', compiled'
+NAMES, BATCHES, EXPORTED, COMPILED = ('ours', 'diffusers'), (1, 16), 'ours, exported', ', compiled'
 
 
 def save_random(folder):
@@ -52,11 +52,19 @@ def load(args, names):
         if args.random: save_random(folder)
         where = folder if args.random else find_pretrained(args.weights)
         kinds = {'ours': lambda: StableDiffusionPipeline.from_pretrained(where, device=args.device),
-                 'diffusers': lambda: load_theirs(where).to(args.device)}
+                 'diffusers': lambda: load_theirs(where).to(args.device),
+                 EXPORTED: lambda: load_exported(where, Path(folder)/'graphs')}
         pipes = {name: kinds[name.removesuffix(COMPILED)]() for name in names}
     for name, pipe in pipes.items():
         if name.endswith(COMPILED): pipe.unet.compile(dynamic=False)
     return pipes
+
+
+def load_exported(where, folder):
+    "Ours, run by onnxruntime"
+    from sdcourse.export import export_onnx, load_onnx
+    export_onnx(where, folder, 'float32')
+    return load_onnx(folder)
 
 
 def load_theirs(where):
@@ -76,8 +84,10 @@ def call_of(args, batch) -> dict:
 
 def speed(args) -> tuple[dict, dict]:
     "Name -> seconds and processor seconds of a call, each repeat; batch -> the largest difference of the pictures"
-    compiles = not args.quick and any(map(shutil.which, ('c++', 'g++', 'clang++')))
-    pipes, found, apart = load(args, [*NAMES, *(name + COMPILED for name in NAMES if compiles)]), {}, {}
+    names, compilers = [*NAMES], ('c++', 'g++', 'clang++')
+    if not args.quick and args.device.type == 'cpu': names += [EXPORTED]
+    if not args.quick and any(map(shutil.which, compilers)): names += [name + COMPILED for name in NAMES]
+    pipes, found, apart = load(args, names), {}, {}
     for batch in BATCHES:
         words, pictures = call_of(args, batch), {}
         for repeat in range(args.repeats + 1):
@@ -97,10 +107,10 @@ def goals(found, apart, memory) -> dict:
     reached = {'batch 1, seconds': goal(middle['batch 1, ours'][0], 'at most', .8)}
     for batch in BATCHES:
         for i, kind in enumerate(('seconds', 'processor time')):
-            for end in ('', COMPILED):
-                if (name := f'batch {batch}, ours{end}') in middle:
-                    ratio = middle[f'batch {batch}, diffusers'][i]/middle[name][i]
-                    reached[f'batch {batch}, diffusers / ours{end}, {kind}'] = goal(ratio, 'at least', 2)
+            for name in ('ours', 'ours' + COMPILED, EXPORTED):
+                if (ours := f'batch {batch}, {name}') in middle:
+                    ratio = middle[f'batch {batch}, diffusers'][i]/middle[ours][i]
+                    reached[f'batch {batch}, diffusers / {name}, {kind}'] = goal(ratio, 'at least', 2)
         reached[f'batch {batch}, largest difference'] = goal(apart[f'batch {batch}'], 'at most', 1e-3)
         if f'batch {batch}, ours' in memory:
             ours, theirs = (statistics.median(memory[f'batch {batch}, {name}']) for name in NAMES)
@@ -132,7 +142,7 @@ def main():
     print(', '.join(f'{k} {v}' for k, v in machine(args.device).items()))
     found, apart = speed(args)
     words = ['--weights', args.weights, '--steps', args.steps, '--device', args.device, *['--random']*args.random]
-    plain = [name for name in found if not name.endswith(COMPILED)]
+    plain = [f'batch {batch}, {name}' for batch in BATCHES for name in NAMES]
     memory = peaks(__file__, plain[:2] if args.quick else plain, args.repeats, words)
     what = f'{args.steps} steps, median of {args.repeats}'
     print(f'\n{what:<36}{"seconds":>10}{"processors":>12}{"pictures/s":>12}{"MiB":>8}')
