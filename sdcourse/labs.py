@@ -34,7 +34,7 @@ class PictureLab(Lab):
     "Controls, and pictures below them that `draw` makes anew after each change: matplotlib figures, one for each."
     def __init__(self,
         *controls, # standard widgets; those with a `value` are watched
-        about:Sequence[str], # what each picture shows, for who can't see it
+        about:Sequence[str], # what each picture shows, for those who can't see it
     ):
         import ipywidgets as w
         self.panels, rows = [*map(picture, about)], w.Layout(flex_flow='row wrap', align_items='center')

@@ -200,7 +200,7 @@ class Board:
         colors:dict[str, str], # name -> such as '#dc1e28'; in the beginning all cells have the first one
         brush:Callable, # the name of a cell's colour -> that after a click
         changed:Callable, # called after a click, without arguments
-        label:str, # what it is, for who can't see it
+        label:str, # what it is, for those who can't see it
         cell:int = 24, # side of a cell, in pixels
     ):
         from ipywidgets import Button, GridBox, Layout
@@ -236,7 +236,7 @@ def picture(self:Board,
 
 # %% ../nbs/15_widgets.ipynb #ef3d989b
 class Lab:
-    "A widget: `view` is made of standard ipywidgets, `figure` draws its state for who reads without Python."
+    "A widget: `view` is made of standard ipywidgets, `figure` draws its state for those who read without Python."
     runner = player = None # what computes in the background, and what moves something, if anything does
     def close(self):
         "End what goes on in the background, and take the controls away."
@@ -249,7 +249,7 @@ class Lab:
 
 # %% ../nbs/15_widgets.ipynb #9225da6a
 def picture(
-    about:str, # what it shows, for who can't see it
+    about:str, # what it shows, for those who can't see it
     css:str = '', # a CSS class, if any
     value:bytes = b'', # of a PNG file
 ): # an `ipywidgets.Image`
