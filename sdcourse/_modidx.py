@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdcourse.finetuning._save_finetuned': ('finetuning.html#_save_finetuned', 'sdcourse/finetuning.py'),
                                      'sdcourse.finetuning._share': ('finetuning.html#_share', 'sdcourse/finetuning.py'),
                                      'sdcourse.finetuning._tables': ('finetuning.html#_tables', 'sdcourse/finetuning.py'),
+                                     'sdcourse.finetuning._task': ('finetuning.html#_task', 'sdcourse/finetuning.py'),
                                      'sdcourse.finetuning._with': ('finetuning.html#_with', 'sdcourse/finetuning.py'),
                                      'sdcourse.finetuning._write': ('finetuning.html#_write', 'sdcourse/finetuning.py'),
                                      'sdcourse.finetuning.add_lora': ('finetuning.html#add_lora', 'sdcourse/finetuning.py'),

@@ -692,13 +692,26 @@ def test_options(pipe, pictures, tmp_path):
     half = load_finetuned(pipe, tmp_path/'a', scale=.5)
     assert {layer.scale for layer in lora_layers(half.unet).values()} == {.5}
     assert train(pipe, pictures, tmp_path/'b', steps=23)['losses'][-1]['epoch'] == 9
-    assert len(finetuning._prior_prompts()) == 256 and finetuning._prior_prompts()[::8] == ['']*32
+    assert len(finetuning._prior_prompts()) == 600 and finetuning._prior_prompts()[::3] == ['']*200
 
 
 def test_it_learns_what_the_pictures_show(pipe, pictures, tmp_path):
     "The loss falls"
     rows = train(pipe, pictures, tmp_path, 'dreambooth', steps=60, bs=3, prior=())['losses']
     assert rows[-1]['valid'] < .95*rows[0]['valid']
+
+
+def test_what_is_to_stay(pipe, pictures, tmp_path):
+    "With the old model's answers beside the examples, old prompts change less"
+    xt, words = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)), pipe.embed(['a red 7', ''])
+    def answer(pipe):
+        with torch.no_grad(): return pipe.unet(xt, 500, words)
+    moved = {}
+    for prior in ((), ('a red 7', '')):
+        train(pipe, pictures, tmp_path/str(len(prior)), 'dreambooth', steps=120, lr=1e-3, prior=prior)
+        new = load_finetuned(pipe, tmp_path/str(len(prior)))
+        moved[prior] = (answer(new) - answer(pipe)).norm()
+    assert 0 < moved['a red 7', ''] < .8*moved[()], moved
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
