@@ -397,7 +397,7 @@ class _Learning(nn.Module):
     def forward(self, xt, t, ids): return self.predict(xt, t, ids)
 
 # %% ../nbs/13_finetuning.ipynb #b7f589b0
-PRIOR = 3  # rows of what is to stay, for each example in a batch
+PRIOR = 5  # rows of what is to stay, for each example in a batch
 
 def _ids(tokenizer, captions):
     "Captions as ids, (n,length); raises `ValueError` for one that is too long"
@@ -468,7 +468,7 @@ def _fit(pipe, tuned, learned, tables, plan, folder, progress):
     return losses
 
 # %% ../nbs/13_finetuning.ipynb #5319eee6
-METHODS = {'inversion': (600, 1e-2), 'lora': (600, 2e-3), 'dreambooth': (400, 1e-4)}  # steps, and learning rate
+METHODS = {'inversion': (600, 1e-2), 'lora': (800, 1e-3), 'dreambooth': (400, 1e-4)}  # steps, and learning rate
 
 def _check_request(pipe, token, method, pictures, output, numbers):
     "All the numbers of a training. Raises `ValueError` for what none can be made of"
