@@ -18,7 +18,7 @@ export function anyPrompt(grammar, random = Math.random) {
 
 // Words that were in none of the captions: they fall apart into letters or syllables
 export function unknownWords(tokenizer, prompt) {
-  const words = prompt.toLowerCase().match(/[\p{L}\p{Nl}\p{No}]+/gu) ?? []
+  const words = prompt.replace(/<\|(start|end)oftext\|>/giu, ' ').toLowerCase().match(/[\p{L}\p{Nl}\p{No}]+/gu) ?? []
   return [...new Set(words)].filter(word => tokenizer.tokenize(word).length > 1)
 }
 
