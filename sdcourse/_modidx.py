@@ -761,6 +761,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image.Prompted.forward': ( 'text_to_image.html#prompted.forward',
                                                                                      'sdcourse/text_to_image.py'),
+                                        'sdcourse.text_to_image._attend': ('text_to_image.html#_attend', 'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._begin': ('text_to_image.html#_begin', 'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._cut_outs': ('text_to_image.html#_cut_outs', 'sdcourse/text_to_image.py'),
                                         'sdcourse.text_to_image._finish': ('text_to_image.html#_finish', 'sdcourse/text_to_image.py'),

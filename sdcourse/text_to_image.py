@@ -29,7 +29,7 @@ from .noise import add_noise, make_target, sample_timesteps
 from .pipeline import StableDiffusionPipeline
 from .schedulers import DDIMScheduler
 from .tokenizer import CLIPTokenizer
-from .unet import UNet2DConditionModel
+from .unet import Attention, UNet2DConditionModel
 from .vae import AutoencoderKL
 
 # %% ../nbs/12_text_to_image.ipynb #da0b148c
@@ -269,6 +269,11 @@ def _loaders(data, tokenizer, bs, n, seed, device):
         return images, tokenizer(captions, padding='max_length', truncation=True).input_ids
     return captioned_dataloaders(data, bs, 64, seed=seed, device=device, collate=collate)
 
+# %% ../nbs/12_text_to_image.ipynb #135da850
+def _attend(q, k, v):
+    "What `F.scaled_dot_product_attention` computes, operation by operation: (b,heads,n,c/heads) each"
+    return ((q*q.shape[-1]**-.5) @ k.mT).softmax(-1) @ v
+
 # %% ../nbs/12_text_to_image.ipynb #ee25a44c
 def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, data=None):
     "The learner of a new U-Net, with the parts that are there"
@@ -279,6 +284,8 @@ def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, dat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Prompted(UNet2DConditionModel(**UNET), text_encoder, train_text).to(memory_format=torch.channels_last)
+    for part in model.unet.modules():
+        if isinstance(part, Attention) and device.type == 'cpu': part.attend = _attend
     matrices = [p for name, p in model.named_parameters()
                 if p.requires_grad and p.ndim == 2 and ('.transformer_blocks.' in name or '.layers.' in name)]
     task = _prompting(vae, tokenizer([''], padding='max_length').input_ids, drop, seed, data is None)
