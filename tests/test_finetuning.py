@@ -445,7 +445,7 @@ def test_lora_for_diffusers(pipe, host, tmp_path, rank):
     near(draw(ours), draw(host))
     far(draw(ours), draw(pipe))
     again = load_lora(pipe, tmp_path)
-    near(draw(again), draw(ours), 1e-6)
+    near(draw(again), draw(ours), 5e-6)
     host.fuse_lora()
     for layer in lora_layers(ours.unet).values(): layer.merge()
     near(draw(ours), draw(host))
