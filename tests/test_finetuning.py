@@ -355,7 +355,7 @@ def test_update_by_hand():
     assert torch.equal(layer(x), linear(x)) and not layer.lora_B.weight.any()
     layer.lora_B.weight.data = torch.randn(3, 2, generator=generator(1))
     expected = linear(x) + .5*x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    near(layer(x).detach(), expected.detach(), 1e-6)
+    near(layer(x).detach(), expected.detach(), 5e-6)
     assert torch.linalg.matrix_rank(layer.update) == 2 and layer.update.shape == (3, 5)
     assert {*layer.state_dict()} == {'weight', 'bias', 'lora_A.weight', 'lora_B.weight'}
     layer.scale = 0
@@ -401,7 +401,7 @@ def test_two_updates(pipe):
     second = shaken(add_lora(first, 3), 50)
     for name, layer in lora_layers(second).items():
         expected = first.get_submodule(name).weight + first.get_submodule(name).update
-        near(layer.weight, expected.detach(), 1e-6)
+        near(layer.weight, expected.detach(), 5e-6)
         assert layer.lora_A.out_features == 3
     far(draw(with_unet(pipe, second)), draw(with_unet(pipe, first)))
 
@@ -464,7 +464,7 @@ def test_lora_of_diffusers(pipe, host, tmp_path, name):
     assert bool(lora_layers(found.text_encoder)) == (name == 'with text')
     near(draw(load_lora(pipe, tmp_path/LORA)), theirs)
     far(draw(load_lora(pipe, tmp_path, scale=.5)), theirs)
-    near(draw(load_lora(pipe, tmp_path, scale=0)), draw(pipe), 1e-6)
+    near(draw(load_lora(pipe, tmp_path, scale=0)), draw(pipe), 5e-6)
     save_lora(found, tmp_path/'again')                                    # and on it goes
     near(draw(load_lora(pipe, tmp_path/'again')), theirs)
 
@@ -475,7 +475,7 @@ def test_lora_for_peft(pipe, host, tmp_path):
     save_lora(ours, tmp_path, 'peft')
     host.unet = peft.PeftModel.from_pretrained(host.unet, tmp_path)
     near(draw(ours), draw(host))
-    near(draw(load_lora(pipe, tmp_path)), draw(ours), 1e-6)
+    near(draw(load_lora(pipe, tmp_path)), draw(ours), 5e-6)
 
 
 def test_lora_of_different_ranks_for_peft(pipe, host, tmp_path):
