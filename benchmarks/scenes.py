@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from machine import clock, machine
+from machine import clock, goal, machine, print_goals
 
 from sdcourse.model import default_device
 from sdcourse.pipeline import StableDiffusionPipeline
@@ -41,8 +41,7 @@ def goals(found, taken) -> dict:
         'English less Italian, points': (gap('English', 'Italian'), 'at most', 3),
         'seen less never shown, points': (gap('two digits, seen', 'two digits, never shown'), 'at most', 5),
         'seconds for a picture': (statistics.median(taken), 'at most', .8)}
-    return {name: dict(value=value, goal=f'{word} {limit:g}', reached=value <= limit if word == 'at most' else
-                       value >= limit) for name, (value, word, limit) in values.items()}
+    return {name: goal(*wanted) for name, wanted in values.items()}
 
 
 def print_tables(args, found, reached):
@@ -52,9 +51,7 @@ def print_tables(args, found, reached):
     for kind, row in found.items():
         errors = {name: 100*math.sqrt(row[name]*(1 - row[name])/row['prompts']) for name in names}
         print(f'{kind:<26}{row["prompts"]:>8}' + ''.join(f'{100*row[n]:>11.1f} ({errors[n]:.1f})' for n in names))
-    print(f'\n{"goal":<36}{"value":>10}{"wanted":>18}')
-    for name, goal in reached.items():
-        print(f'{name:<36}{goal["value"]:>10.3g}{goal["goal"]:>18}  {"reached" if goal["reached"] else "NOT REACHED"}')
+    print_goals(reached)
 
 
 def main():
