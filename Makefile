@@ -32,7 +32,7 @@ help:
 	@echo 'make check        the quick checks only: exports, clean notebooks, README, staircase, ruff'
 	@echo 'make lessons      open the notebooks in JupyterLab'
 	@echo 'make site         build the documentation and the playground into _docs/ (needs Node.js and npm)'
-	@echo 'make benchmark    how good and how fast the lessons are, beside their peers: benchmarks/*.json, some two hours'
+	@echo 'make benchmark    how good and how fast the lessons are, beside their peers: benchmarks/*.json, about 75 minutes'
 	@echo 'make execute      run every notebook from a fresh kernel and save the outputs'
 	@echo '                  (SLOW=1: slow cells too; NB="nbs/01_data.ipynb": only that one)'
 	@echo 'make constraints  write the installed versions down in constraints.txt'
@@ -109,7 +109,7 @@ constraints:
 
 clean:
 	@rm -rf _docs _proc build dist *.egg-info scene.png scene.gif digits.png digits.gif .pytest_cache .ruff_cache .hypothesis
-	@find nbs sdcourse tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	@find nbs sdcourse tests tools benchmarks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean
 	@rm -rf '$(VENV)'

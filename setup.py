@@ -13,10 +13,12 @@ cfg = ini['DEFAULT']
 
 
 class BuildLessons(build_py):
-    "What is installed carries the lessons in sdcourse/lessons; a checkout has them in nbs"
+    "What is installed has the lessons, and what they read, in sdcourse/lessons; a checkout in nbs and benchmarks"
     def lessons(self):
+        if self.editable_mode: return {}
         target = Path(self.build_lib)/'sdcourse'/'lessons'
-        return {} if self.editable_mode else {nb: target/nb.name for nb in sorted((here/'nbs').glob('*.ipynb'))}
+        found = {p: target/p.name for p in [*(here/'nbs').glob('*.ipynb'), here/'nbs'/'pipeline.png']}
+        return found | {p: target/'benchmarks'/p.name for p in (here/'benchmarks').glob('*.json')}
 
     def run(self):
         super().run()
@@ -41,8 +43,8 @@ setup(
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-      extras_require={'dev': ' '.join(cfg[f'{name}_requirements'] for name in ('dev', 'play', 'export')).split(),
-                      'play': cfg['play_requirements'].split(), 'export': cfg['export_requirements'].split()},
+    extras_require={'dev': ' '.join(cfg[f'{name}_requirements'] for name in ('dev', 'play', 'export')).split(),
+                    'play': cfg['play_requirements'].split(), 'export': cfg['export_requirements'].split()},
     packages=find_packages(include=['sdcourse', 'sdcourse.*']),
     include_package_data=False,  # only what the next line names
     package_data={'sdcourse': ['mnist/*', 'pretrained/**/*']},

@@ -6,13 +6,12 @@ Each row is the median of the repeats, which take turns, after one that is not c
 """
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from machine import clock, machine
+from machine import clock, in_turns, machine, middle
 
 from sdcourse.data import digit_dataloaders, mnist
 from sdcourse.gradients import DigitClassifier, input_gradient, synthesize, training_batch
@@ -32,7 +31,7 @@ def timed(f) -> float:
 
 
 def nudges(model, x, label):
-    "The seed's procedure: one question to the classifier for each pixel."
+    "Lesson 02's first way: one question to the classifier for each pixel."
     with torch.no_grad():
         for pixel in torch.eye(784).view(784, 1, 1, 28, 28): model(x + 0.1*pixel).log_softmax(1)[:, label]
 
@@ -71,16 +70,11 @@ def main():
     parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers there')
     args = parser.parse_args()
     if args.repeats < 1: parser.error(f'--repeats must be at least 1, not {args.repeats}')
-    measured = rows()
-    seconds = {name: [] for name in measured}
-    for repeat in range(args.repeats + 1):
-        for name, measure in measured.items():
-            took = measure()
-            if repeat: seconds[name].append(took)
+    seconds = in_turns(rows(), args.repeats)
     print(', '.join(f'{k} {v}' for k, v in machine().items()))
     print(f'{"median of " + str(args.repeats):<44}{"seconds":>10}{"min":>10}{"max":>10}')
     for name, took in seconds.items():
-        print(f'{name:<44}{statistics.median(took):>10.4f}{min(took):>10.4f}{max(took):>10.4f}')
+        print(f'{name:<44}{middle(took):>10.4f}{min(took):>10.4f}{max(took):>10.4f}')
     if args.json: args.json.write_text(json.dumps(dict(machine=machine(), seconds=seconds), indent=2) + '\n')
 
 

@@ -23,7 +23,7 @@ def machine(device=CPU) -> dict:
 
 def clock(device=CPU) -> float:
     "The time when all that was asked of the device is done."
-    if device.type != 'cpu': getattr(torch, device.type).synchronize()
+    if device.type != 'cpu': getattr(torch, device.type).synchronize(*[device]*(device.type == 'cuda'))
     return time.perf_counter()
 
 

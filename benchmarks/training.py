@@ -123,7 +123,7 @@ def main():
     print(', '.join(f'{k} {v}' for k, v in machine(args.device).items()))
     found = in_turns({name: make(args) for name, make in WAYS.items()}, args.repeats)
     words = ['--batch', args.batch, '--steps', args.steps, '--device', args.device]
-    memory = peaks(__file__, [*WAYS][:2] if args.quick else WAYS, args.repeats, words)
+    memory = peaks(__file__, [*WAYS][:2] if args.quick else WAYS, min(args.repeats, 3), words)   # which scatters little
     what = f'batches of {args.batch}, median of {args.repeats}'
     print(f'\n{what:<36}{"images/s":>10}{"min":>10}{"max":>10}{"MiB":>10}')
     for name, values in found.items():

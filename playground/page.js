@@ -79,6 +79,7 @@ function receive({ data }) {
 }
 
 function begin({ of }) {
+  pause()
   frames = []
   $('time').hidden = false
   $('step').max = of

@@ -28,7 +28,7 @@ export function readAddress({ search, hash }) {
   }
   const mode = read('mode', choice('scenes', 'digits'))
   const settings = { mode, ...Object.fromEntries(Object.entries(FIELDS[mode]).map(([name, field]) => [name, read(name, field)])) }
-  return { settings, step: read('step', { ...number(0, 0, 50, 1) }), complaints }
+  return { settings, step: read('step', number(0, 0, 50, 1)), complaints }
 }
 
 // The hash that reproduces a picture; `step` is where the timeline stands, 0: at its end

@@ -11,16 +11,19 @@ addEventListener('install', event => {
 })
 addEventListener('activate', event => event.waitUntil(clients.claim()))
 
-async function answer(request) {
-  const url = new URL(request.url), cache = await caches.open(NAME), versioned = url.searchParams.has('v')
+async function keep(cache, request, fresh, versioned) {
+  if (versioned) await cache.delete(request, { ignoreSearch: true })  // an older version
+  await cache.put(versioned ? request : new URL(request.url).pathname, fresh)
+}
+
+async function answer(event) {
+  const { request } = event, url = new URL(request.url), cache = await caches.open(NAME), versioned = url.searchParams.has('v')
   const kept = await cache.match(request, { ignoreSearch: !versioned })
   if (versioned && kept) return kept
   try {
     const fresh = await fetch(request)
-    if (fresh.ok) {
-      if (versioned) await cache.delete(request, { ignoreSearch: true })  // an older version
-      await cache.put(versioned ? request : url.pathname, fresh.clone())
-    }
+    // beside the answer, so that the page sees its bytes arrive, and a full storage spoils nothing
+    if (fresh.ok) event.waitUntil(keep(cache, request, fresh.clone(), versioned).catch(() => {}))
     return fresh
   } catch (e) {
     if (kept) return kept
@@ -30,5 +33,5 @@ async function answer(request) {
 
 addEventListener('fetch', event => {
   const { method, url } = event.request
-  if (method == 'GET' && url.startsWith(registration.scope)) event.respondWith(answer(event.request))
+  if (method == 'GET' && url.startsWith(registration.scope)) event.respondWith(answer(event))
 })

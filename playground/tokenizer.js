@@ -16,7 +16,6 @@ const normalize = text => Array.from(text.normalize('NFC').replace(/\p{White_Spa
 export class Tokenizer {
   constructor({ vocab, merges, model_max_length }) {
     Object.assign(this, { vocab, length: model_max_length, start: vocab[START], end: vocab[END] })
-    this.names = Object.fromEntries(Object.entries(vocab).map(([token, id]) => [id, token]))
     this.ranks = new Map(merges.map((pair, rank) => [pair, rank]))  // 'a b' -> 0 if it was learned first
   }
 

@@ -4,8 +4,8 @@
 __all__ = ['PICTURES', 'TRAININGS', 'STEPPING', 'Parser', 'one_line', 'number', 'labels', 'check_writable', 'picture_path',
            'check_device', 'given', 'recording', 'draw', 'solver', 'by_gradient', 'by_denoising', 'read_pictures',
            'fit_pictures', 'learned', 'by_prompt', 'several', 'going_on', 'train', 'readable', 'show_facts', 'finetune',
-           'find_port', 'play_notebook', 'play', 'lessons_folder', 'front_matter', 'find_lessons', 'copy_lessons',
-           'lessons', 'info', 'export', 'make_parser', 'main']
+           'find_port', 'play_notebook', 'play', 'lessons_folder', 'front_matter', 'find_lessons', 'course_files',
+           'copy_lessons', 'lessons', 'info', 'export', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #a169007d
 import argparse
@@ -164,7 +164,10 @@ def solver(
 
 # %% ../nbs/99_cli.ipynb #903d21bb
 def by_gradient(
-    args, wanted: list, on_step, **where,  # steps, weights; labels; for the bar; seed, device, dtype
+    args,  # steps, weights
+    wanted: list,  # labels
+    on_step,  # for the bar
+    **where,  # seed, device, dtype
 ):  # (pictures (n,1,28,28), a function that makes pictures of frames)
     "Draw digits that a classifier recognizes, by following its gradient (lesson 02)"
     from sdcourse.gradients import synthesize
@@ -173,7 +176,11 @@ def by_gradient(
     return paint(wanted, on_step=lambda i, x: on_step(i, steps, x)), lambda x: x
 
 def by_denoising(
-    args, wanted: list, on_step, seed: int, **where,  # num_inference_steps, …; labels; for the bar; device, dtype
+    args,  # num_inference_steps, …
+    wanted: list,  # labels
+    on_step,  # for the bar
+    seed: int,  # of the noise
+    **where,  # device, dtype
 ):  # (pictures (n,1,28,28), a function that makes pictures of frames)
     "Draw digits out of pure noise, by subtracting predicted noise step by step (lesson 06)"
     import torch
@@ -228,7 +235,11 @@ def learned(
 
 # %% ../nbs/99_cli.ipynb #6f2b81e3
 def by_prompt(
-    args, wanted: list, on_step, seed: int, **where,  # weights, …; prompts; for the bar; device, dtype
+    args,  # weights, …
+    wanted: list,  # prompts
+    on_step,  # for the bar
+    seed: int,  # of the noise
+    **where,  # device, dtype
 ):  # (pictures (n,3,h,w), a function that makes pictures of frames)
     "Draw what a prompt says (lessons 11 and 12)"
     import torch
@@ -336,7 +347,8 @@ def finetune(
         manifest = finetuning.finetune(pipe, **words)
     show_facts({name: value for name, value in manifest.items() if name != 'prior'})
     print(f'{args.output}: learned in {time.perf_counter() - start:.0f} s; '
-          f'sdcourse generate "a red {args.token}" --with {args.output} draws with it')
+          f'sdcourse generate "a red {args.token}" --with {args.output}'
+          + f' --weights {args.weights}'*(args.weights != 'scenes') + ' draws with it')
 
 # %% ../nbs/99_cli.ipynb #eb1f9ccf
 def find_port(
@@ -378,7 +390,7 @@ def play(
     from sdcourse.model import find_pretrained
     place, token = find_pretrained(args.weights, names=['model_index.json']), '' if local else token_urlsafe(24)
     if not (place/'model_index.json').is_file(): raise ValueError(f'{args.weights} has no model_index.json')
-    weights = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
+    weights = str(place.resolve()) if place == Path(args.weights) else args.weights
     address = f'http://{f"[{args.host}]" if ":" in args.host else args.host}:{port}/' + f'?token={token}'*(not local)
     with TemporaryDirectory() as folder:
         (notebook := Path(folder)/'sdcourse.ipynb').write_text(play_notebook(weights))
@@ -407,20 +419,27 @@ def find_lessons() -> list[Path]:  # the home page, then lesson after lesson
     "The notebooks of the course, in their order"
     return sorted(lessons_folder().glob('*.ipynb'), key=lambda p: (p.stem != 'index', p.name))
 
+def course_files() -> dict[str, Path]:  # name in a copy -> file
+    "The lessons, and what they show and read besides: a picture, and the measurements of lesson 17"
+    home = lessons_folder()
+    measured = next((f for f in (home/'benchmarks', home.parent/'benchmarks') if f.is_dir()), home)
+    return {p.name: p for p in (*find_lessons(), home/'pipeline.png')} | {
+        f'benchmarks/{p.name}': p for p in sorted(measured.glob('*.json'))}
+
 # %% ../nbs/99_cli.ipynb #74cc8b27
 def copy_lessons(
-    notebooks: list[Path],  # what to copy
     folder: Path,  # where to; made if it is not there
 ):
-    "Copy the notebooks; raises `ValueError`, before copying any, if one would overwrite a file"
-    taken = [p.name for p in notebooks if (folder/p.name).exists()]
+    "Copy the course's files; raises `ValueError`, before copying any, if one would overwrite a file"
+    files = course_files()
+    taken = [name for name in files if (folder/name).exists()]
     if taken: raise ValueError(f'{folder} has {", ".join(taken[:3])} already; nothing is overwritten: name a new one')
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for p in notebooks:
-            temporary = folder/f'.{p.name}.tmp'
-            temporary.write_bytes(p.read_bytes())
-            temporary.replace(folder/p.name)
+        for name, path in files.items():
+            temporary = folder/f'{name}.tmp'
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(path.read_bytes())
+            temporary.replace(folder/name)
     except OSError as e: raise ValueError(f'cannot write {folder}: {e.strerror}') from e
 
 # %% ../nbs/99_cli.ipynb #bdffa95b
@@ -434,7 +453,7 @@ def lessons(
             fields = front_matter(p)
             print(f'{p.name:<22} {fields.get("title", p.stem)}: {fields.get("description", "")}')
         return
-    copy_lessons(notebooks, args.folder)
+    copy_lessons(args.folder)
     print(f'{len(notebooks)} notebooks are in {args.folder}; open them with: jupyter lab {args.folder}')
 
 # %% ../nbs/99_cli.ipynb #6b97c45b
@@ -559,7 +578,7 @@ def export(
 def _add_export(commands):
     "The words of `sdcourse export`"
     p = commands.add_parser('export', help='write a model as graphs for other programs', description=export.__doc__)
-    p.add_argument('weights', metavar='FOLDER', help='scenes, digits, a folder, or OWNER/NAME on the hub')
+    p.add_argument('weights', metavar='NAME', help='scenes, digits, a folder, or OWNER/NAME on the hub')
     p.add_argument('--to', choices=['onnx'], default='onnx', help='(default: onnx)')
     p.add_argument('-o', '--output', type=Path, default=Path('my_graphs'), metavar='FOLDER',
                    help='a new folder (default: my_graphs)')

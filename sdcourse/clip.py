@@ -127,11 +127,17 @@ class CLIPTextModel(CLIPPreTrainedModel):
     model_type, part = 'clip_text_model', 'text'
     text_model = property(lambda self: self)  # where diffusers looks for final_layer_norm
     def __init__(self,
-        vocab_size:int=49408, max_position_embeddings:int=77, # tokens that the tokenizer knows, ids in a row
-        hidden_size:int=512, intermediate_size:int=2048, # width d of the vectors, and of the MLPs inside
-        num_hidden_layers:int=12, num_attention_heads:int=8, # heads divide hidden_size
-        hidden_act:str='quick_gelu', layer_norm_eps:float=1e-5, # or 'gelu', as in Stable Diffusion 2
-        projection_dim:int=512, pad_token_id:int|None=1, bos_token_id:int|None=49406, # notes; nothing depends on them
+        vocab_size:int=49408, # tokens that the tokenizer knows
+        max_position_embeddings:int=77, # ids in a row, at most
+        hidden_size:int=512, # width d of the vectors
+        intermediate_size:int=2048, # width of the MLPs inside
+        num_hidden_layers:int=12, # transformer layers
+        num_attention_heads:int=8, # heads, which divide hidden_size
+        hidden_act:str='quick_gelu', # or 'gelu', as in Stable Diffusion 2
+        layer_norm_eps:float=1e-5, # added to variances
+        projection_dim:int=512, # a note; nothing here depends on it
+        pad_token_id:int|None=1, # likewise
+        bos_token_id:int|None=49406, # likewise
         eos_token_id:int=49407, # whose place the pooled vector comes from; 2, in old configs: the greatest id's
     ):
         super().__init__()
@@ -156,7 +162,8 @@ def _check_ids(ids, config):
 # %% ../nbs/09_clip.ipynb #a61e2d71
 @patch
 def forward(self:CLIPTextModel,
-    input_ids:Tensor, attention_mask:Tensor|None=None, # (b,n); 0 for ids that nobody may look at, None: all ones
+    input_ids:Tensor, # whole numbers, (b,n)
+    attention_mask:Tensor|None=None, # (b,n): 0 for ids that nobody may look at; None: all ones
     output_hidden_states:bool=False, # whether to answer those, too
     return_dict:bool|None=None, # without effect; diffusers passes it
 ) -> EncoderOutput: # last_hidden_state (b,n,d), pooler_output (b,d)
@@ -175,10 +182,15 @@ class CLIPVisionModel(CLIPPreTrainedModel):
     "A vision transformer (Dosovitskiy et al., 2020), the side of CLIP that sees."
     model_type, part = 'clip_vision_model', 'vision'
     def __init__(self,
-        image_size:int=224, patch_size:int=32, num_channels:int=3, # of square pictures, of their square patches
-        hidden_size:int=768, intermediate_size:int=3072, # width d of the vectors, and of the MLPs inside
-        num_hidden_layers:int=12, num_attention_heads:int=12, # heads divide hidden_size
-        hidden_act:str='quick_gelu', layer_norm_eps:float=1e-5, # or 'gelu'
+        image_size:int=224, # side of the square pictures
+        patch_size:int=32, # side of their square patches
+        num_channels:int=3, # of a picture
+        hidden_size:int=768, # width d of the vectors
+        intermediate_size:int=3072, # width of the MLPs inside
+        num_hidden_layers:int=12, # transformer layers
+        num_attention_heads:int=12, # heads, which divide hidden_size
+        hidden_act:str='quick_gelu', # or 'gelu'
+        layer_norm_eps:float=1e-5, # added to variances
         projection_dim:int=512, # a note; nothing depends on it
     ):
         super().__init__()
@@ -215,7 +227,8 @@ class CLIPOutput(NamedTuple):
 class CLIPModel(CLIPPreTrainedModel):
     "Two encoders, and a linear layer from each into the space that they share (Radford et al., 2021)."
     def __init__(self,
-        text_config:Mapping|None=None, vision_config:Mapping|None=None, # of the two encoders; None: their defaults
+        text_config:Mapping|None=None, # of the text encoder; None: its defaults
+        vision_config:Mapping|None=None, # of the image encoder; None: its defaults
         projection_dim:int=512, # width of the shared space
         logit_scale_init_value:float=2.6592, # logarithm of the factor before the cosines, ln(1/0.07)
     ):
@@ -230,7 +243,8 @@ class CLIPModel(CLIPPreTrainedModel):
 # %% ../nbs/09_clip.ipynb #86799372
 @patch
 def encode_texts(self:CLIPModel,
-    input_ids:Tensor, attention_mask:Tensor|None=None, # (b,n); no mask: all ones
+    input_ids:Tensor, # whole numbers, (b,n)
+    attention_mask:Tensor|None=None, # (b,n); None: all ones
 ) -> Tensor: # of length 1, (b,projection_dim)
     "Where texts lie in the shared space."
     return F.normalize(self.text_projection(self.text_model(input_ids, attention_mask).pooler_output), dim=-1)
@@ -245,7 +259,8 @@ def encode_images(self:CLIPModel,
 # %% ../nbs/09_clip.ipynb #6734b6ad
 @patch
 def forward(self:CLIPModel,
-    input_ids:Tensor, pixel_values:Tensor, # (texts,n), (pictures,c,s,s)
+    input_ids:Tensor, # (texts,n)
+    pixel_values:Tensor, # (pictures,c,s,s)
     attention_mask:Tensor|None=None, # (texts,n); None: all ones
 ) -> CLIPOutput: # the table of logits, both ways, and the vectors it comes from
     "The cosine of every text with every picture, times exp(logit_scale)."
@@ -298,7 +313,8 @@ def _exchange(things, name):
     return first._replace(**{name: getattr(second, name)}), second._replace(**{name: getattr(first, name)})
 
 def change_one(
-    things:Sequence[Thing], relation:str|None, # what is in a scene
+    things:Sequence[Thing], # what is in a scene, one or two
+    relation:str|None, # how they stand to each other; None for one
     chance:random.Random, # decides
 ) -> tuple: # things and relation of a scene that differs in one attribute, or has it exchanged
     "Another digit, ink or stroke of a thing, another relation, or the digits or inks of both exchanged."
@@ -372,7 +388,8 @@ def scene_tokenizer() -> CLIPTokenizer: # 32 ids in a row at most
 
 def scene_clip(
     tokenizer:CLIPTokenizer, # whose ids the text encoder reads
-    text_config:Mapping|None=None, vision_config:Mapping|None=None, # what should differ from the course's CLIP
+    text_config:Mapping|None=None, # what should differ from the course's text encoder
+    vision_config:Mapping|None=None, # likewise of the image encoder
 ) -> CLIPModel: # with random weights
     "A CLIP for pictures of 64×64 pixels and short captions: 1.9 million weights."
     ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_token_id') for name in ('pad', 'bos', 'eos')}
@@ -390,7 +407,8 @@ def scene_clip(
 # %% ../nbs/09_clip.ipynb #edad722c
 @torch.no_grad()
 def encode_captions(
-    clip:CLIPModel, tokenizer:CLIPTokenizer, # that belong together
+    clip:CLIPModel, # the two encoders
+    tokenizer:CLIPTokenizer, # with which it was trained
     texts:Sequence[str], # at least one
     bs:int=200, # how many at once
 ) -> Tensor: # of length 1, (len(texts),projection_dim)
@@ -423,8 +441,10 @@ def _questions(scene, language):
         yield 'relation', [caption(scene.things, r, language) for r in RELATIONS], RELATIONS.index(scene.relation)
 
 def zero_shot(
-    clip:CLIPModel, tokenizer:CLIPTokenizer, # that belong together
-    images:Tensor, scenes:Sequence[Scene], # as `Scenes.batch` gives them
+    clip:CLIPModel, # the two encoders
+    tokenizer:CLIPTokenizer, # with which it was trained
+    images:Tensor, # (n,3,h,w), as `Scenes.batch` gives them
+    scenes:Sequence[Scene], # what is on them, n
     language:str='en', # of the captions: 'en' or 'it'
 ) -> dict: # digit, color, stroke, relation: the share of questions that are answered right, 0 to 1
     "Of captions that differ in one attribute, which is nearest to the picture? No classifier was trained for it."
@@ -439,8 +459,10 @@ def zero_shot(
 
 # %% ../nbs/09_clip.ipynb #37db535e
 def recall(
-    clip:CLIPModel, tokenizer:CLIPTokenizer, # that belong together
-    images:Tensor, scenes:Sequence[Scene], # as `Scenes.batch` gives them
+    clip:CLIPModel, # the two encoders
+    tokenizer:CLIPTokenizer, # with which it was trained
+    images:Tensor, # (n,3,h,w), as `Scenes.batch` gives them
+    scenes:Sequence[Scene], # what is on them, n
     among:int=100, # captions to choose from
 ) -> float: # share of the pictures whose nearest caption is their own, 0 to 1
     "Recall@1 from picture to caption; where captions among so many fit more than one picture, one of them is left out."
@@ -525,7 +547,7 @@ def _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, 
     from sdcourse.training import fit, make_learner
     dls = matching_dataloaders(tokenizer, bs, wrong, n=n, valid=min(n, 1000), seed=seed, device=device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = scene_clip(tokenizer, **config)
     opt_func = partial(OptimWrapper, opt=partial(_Muon, matrices=_matrices(model)))
     learn = make_learner(dls, model, _matching(seed), _loss_of(model), dtype=dtype, opt_func=opt_func)
@@ -535,7 +557,8 @@ def _fit_clip(output, tokenizer, epochs, n, bs, wrong, lr, seed, device, dtype, 
 
 # %% ../nbs/09_clip.ipynb #03a68619
 def save_clip(
-    clip:CLIPModel, tokenizer:CLIPTokenizer, # trained
+    clip:CLIPModel, # trained
+    tokenizer:CLIPTokenizer, # with which it was trained
     output:str|Path, # the folder
     **facts, # what the manifest should say besides
 ) -> dict: # the manifest

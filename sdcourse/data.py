@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from .model import default_device
+
 # %% ../nbs/01_data.ipynb #d8e33090
 MNIST_SHA256 = {
     'train-images-idx3-ubyte.xz': '8f41e9b4abc124dc3d209e86f7ea714a81f80edea40b565a4781dec7bd67c6e2',
@@ -87,7 +89,7 @@ def digit_dataloaders(
     bs:int=256, # pictures in a batch
     valid:int=5_000, # how many of the 60,000 training digits are held out for validation, 1 to 59,999
     seed:int=0, # of the split and of the shuffling
-    device:torch.device|str|None=None, # where batches are put; None: where fastai finds a GPU, or the CPU
+    device:torch.device|str|None=None, # where batches are put; None: a GPU if there is one
 ): # fastai `DataLoaders` of (images (bs,1,28,28) in [-1,1], labels (bs,))
     "MNIST's training digits as fastai `DataLoaders`: training batches shuffled and full, validation ones in order."
     from fastai.data.core import DataLoaders
@@ -97,7 +99,7 @@ def digit_dataloaders(
     if not 1 <= bs <= n - valid: raise ValueError(f'bs must lie between 1 and {n - valid:,}, not {bs}')
     held_out, rest = torch.randperm(n, generator=generator).split([valid, n - valid])
     return DataLoaders(_loader(digits, rest, bs, generator, shuffle=True),
-                       _loader(digits, held_out, bs, generator, shuffle=False), device=device)
+                       _loader(digits, held_out, bs, generator, shuffle=False), device=device or default_device())
 
 def _loader(digits, which, bs, generator, shuffle):
     "Batches of the digits whose numbers are in `which`: shuffled and full, or all of them in order."
@@ -400,7 +402,7 @@ def scene_dataloaders(
     n:int=25_600, # scenes in an epoch; new ones in each
     valid:int=1_000, # validation scenes, always the same, in training handwriting
     seed:int=0, # of the choice
-    device:torch.device|str|None=None, # where batches are put; None: where fastai finds a GPU, or the CPU
+    device:torch.device|str|None=None, # where batches are put; None: a GPU if there is one
     collate:Callable=lambda images, scenes: (images, [scene.caption for scene in scenes]), # what a batch is made of
 ): # fastai `DataLoaders` of (images (bs,3,64,64) in [-1,1], captions, a list of strings), or of what `collate` makes
     "Endless scenes as fastai `DataLoaders`; training batches are full."
@@ -408,8 +410,9 @@ def scene_dataloaders(
     if not 1 <= bs <= n: raise ValueError(f'bs must lie between 1 and {n:,}, not {bs}')
     if not 1 <= valid <= 100_000: raise ValueError(f'valid must lie between 1 and 100,000, not {valid}')
     generator = torch.Generator().manual_seed(seed)
-    return DataLoaders(_scene_loader(Scenes('train', _ENDLESS), bs, n, collate, generator),
-                       _scene_loader(Scenes('train', valid, seed=1), bs, valid, collate), device=device)
+    train, held_out = Scenes('train', _ENDLESS), Scenes('train', valid, seed=1)
+    return DataLoaders(_scene_loader(train, bs, n, collate, generator), _scene_loader(held_out, bs, valid, collate),
+                       device=device or default_device())
 
 def _scene_loader(scenes, bs, n, collate, generator=None):
     "Batches of scenes: new ones with a generator, or the first n in order."

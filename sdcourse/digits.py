@@ -5,7 +5,6 @@ __all__ = ['ANY', 'UNET', 'SCHEDULER', 'SCHEDULERS', 'fold', 'unfold', 'train_di
            'ddim_step', 'DDIM', 'make_scheduler', 'guided', 'Denoised', 'denoise', 'sample']
 
 # %% ../nbs/06_digits.ipynb #3561cc0d
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from .data import digit_dataloaders
 from .gradients import DigitClassifier, accuracy, check_labels
 from .images import atomic_path, save_image
-from .model import default_device, find_pretrained, write_manifest
+from .model import _as_json, _make_folder, default_device, find_pretrained, write_manifest
 from .noise import PREDICTION_TYPES, make_alphas_cumprod, make_betas, predict_eps, split_output
 from .unet import UNet2DConditionModel
 
@@ -72,7 +71,7 @@ def _learner(bs, seed, device, dtype):
     "Model, data and callbacks of the training"
     from sdcourse.training import diffusion_learner
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = UNet2DConditionModel(**UNET).to(device, memory_format=torch.channels_last)
     alphas_cumprod = make_scheduler(**SCHEDULER).alphas_cumprod
     return diffusion_learner(digit_dataloaders(bs, seed=seed, device=device), model, alphas_cumprod,
@@ -92,8 +91,7 @@ def train_digits(
     "Train the denoiser of digits; after each epoch `samples.png` shows what it can do. Saved in half precision."
     from sdcourse.training import CHECKPOINT, fit
     output = Path(output)
-    try: output.mkdir(parents=True, exist_ok=True)                    # better now than after the training
-    except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
+    _make_folder(output)                                                  # better now than after the training
     learn = _learner(bs, seed, _device(device), dtype)
     losses = fit(learn, epochs, lr, folder=output, settings=dict(batch=bs), progress=progress,
                  cbs=[_sheet_callback(output/'samples.png', seed)])
@@ -113,7 +111,7 @@ def save_digits(
     output = Path(output)                                                 # a path is never a name of shipped weights
     model.save_pretrained(output, dtype=torch.float16)
     with atomic_path(output/'scheduler_config.json') as path:
-        path.write_text(json.dumps({'_class_name': 'DDIMScheduler', **SCHEDULER}, indent=2, sort_keys=True) + '\n')
+        path.write_text(_as_json({'_class_name': 'DDIMScheduler', **SCHEDULER}, 'the scheduler'), encoding='utf-8')
     labels, classifier = torch.arange(1000) % 10, DigitClassifier.from_pretrained('classifier', device=model.device)
     digits = sample(labels, generator=torch.Generator().manual_seed(0), weights=output, device=model.device)
     return write_manifest(output, **facts, label_accuracy=accuracy(classifier, digits, labels))
@@ -279,6 +277,8 @@ def denoise(
 def _check_fits(scheduler):
     "The scheduler; raises `ValueError` if it says that it is for models of another kind"
     config = getattr(scheduler, 'config', {})
+    if config and not hasattr(scheduler, 'alphas_cumprod'):
+        raise ValueError(f'{type(scheduler).__name__} mixes noise in otherwise than these weights have learned')
     for name in ('prediction_type', 'beta_schedule'):
         if name in config and config[name] != SCHEDULER[name]:
             raise ValueError(f'{name} of the scheduler is {config[name]!r}, these weights need {SCHEDULER[name]!r}: '

@@ -224,7 +224,7 @@ def export_onnx(
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f'cannot write {output}: it exists; allowed are a new folder or an empty one')
-    folder = find_pretrained(name_or_path, names=['model_index.json'])
+    folder = find_pretrained(name_or_path, names=['model_index.json', 'config.json'])
     write = _write_pipeline if (folder/'model_index.json').exists() else _write_digits
     _make_folder(output.parent)
     try:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .clip import CLIPTextModel
@@ -28,7 +27,7 @@ from .data import (INKS, RELATIONS, STROKES, Scene, Scenes, _by_label, _check_th
                            _ordered_thing, _places, _plan, _resample, _restroke, caption)
 from .images import _whole, atomic_path, to_pictures
 from .model import (Config, _as_json, _make_folder, _own_tensors, _read_json, _read_weights, _remove,
-                            fingerprint, write_manifest)
+                            _save_weights, fingerprint, write_manifest)
 from .pipeline import StableDiffusionPipeline, token_rows
 from .text_to_image import Prompted
 from .unet import UNet2DConditionModel
@@ -63,7 +62,8 @@ def _by_hand(line, generator):
 
 def draw_concept(
     name:str, # one of `CONCEPTS`
-    n:int=1, seed:int=0, # how many drawings; another seed, other ones
+    n:int=1, # how many drawings
+    seed:int=0, # another seed, other ones
 ) -> Tensor: # white on black in [-1, 1], as MNIST has its digits, (n,1,28,28)
     "Signs that MNIST lacks, each in one stroke of a round pen, no two alike. Raises `ValueError` for an unknown one."
     if name not in CONCEPTS: raise ValueError(f'a concept is one of {", ".join(CONCEPTS)}, got {name!r}')
@@ -85,7 +85,9 @@ def _drawings(what, chance, seed, split):
 def compose_concepts(
     things:Sequence[tuple], # one or two of (what, color) or (what, color, stroke); what: of `CONCEPTS`, or a digit
     relation:str|None=None, # where the first is, seen from the second; None: there is only one
-    n:int=1, seed:int=0, split:str='test', # scenes; other handwriting, sizes, places; whose digits
+    n:int=1, # how many scenes
+    seed:int=0, # another seed: other handwriting, sizes, places
+    split:str='test', # whose digits: 'train' or 'test'
 ) -> list[Scene]: # n of them; what a thing is stands in its `digit`
     "Lesson 01's `compose`, with things that are no digits. Raises `ValueError` for what does not exist."
     Scenes(split, n, seed)                                                # looks at these three
@@ -130,7 +132,7 @@ def _caption_beside(path, token, i):
 
 # %% ../nbs/13_finetuning.ipynb #8a0e7b01
 def read_examples(
-    folder:str|Path, # holds pictures, PNG or JPEG, of any size; NAME.txt says what NAME.png shows, if it is there
+    folder:str|Path, # holds pictures, PNG, JPEG or WEBP, of any size; NAME.txt says what NAME.png shows, if it is there
     token:str, # the new word
     size:int, # of the squares that they are cut and scaled to
 ) -> tuple[Tensor, list[str], dict[str, str]]: # pictures (n,3,size,size) in [-1,1], captions; what was skipped, and why
@@ -140,10 +142,10 @@ def read_examples(
     pictures, captions, skipped = [], [], {}
     for path in paths:
         try: pictures.append(_read_picture(path, size))
-        except Exception as e: skipped[path.name] = f'{e or type(e).__name__}'.replace(str(path), path.name)
+        except Exception as e: skipped[path.name] = f'{str(e) or type(e).__name__}'.replace(str(path), path.name)
         else: captions.append(_caption_beside(path, token, len(captions)))
     named = ', '.join(f'{name} ({why})' for name, why in skipped.items())
-    if not pictures: raise ValueError(f'{folder} must hold a readable picture, PNG or JPEG; it has {named or "none"}')
+    if not pictures: raise ValueError(f'{folder} must hold a picture, PNG, JPEG or WEBP; it has {named or "none"}')
     if skipped: warnings.warn(f'{len(skipped)} of {len(paths)} files skipped: {named}', stacklevel=2)
     return torch.cat(pictures), captions, skipped
 
@@ -200,12 +202,13 @@ def token_vectors(
 def _write(weights, path):
     "A safetensors file, whole or not at all; a manifest that is there speaks of others"
     _make_folder(path.parent)
-    with atomic_path(path) as temporary: save_file(_own_tensors(weights), temporary, metadata={'format': 'pt'})
+    with atomic_path(path) as temporary: _save_weights(_own_tensors(weights), temporary)
     _remove(path.parent/'manifest.json')
     return path.parent
 
 def save_token(
-    pipe:StableDiffusionPipeline, token:str, # that knows the token
+    pipe:StableDiffusionPipeline, # that knows the token
+    token:str, # such as '<spiral>'
     folder:str|Path, # made if it is not there
 ) -> Path: # `folder`
     "Write learned_embeds.safetensors, which diffusers' `load_textual_inversion` reads."
@@ -229,7 +232,8 @@ class NewTokens(nn.Module):
     "An embedding of which some rows learn; the old ones are looked up as they were."
     def __init__(self,
         old:nn.Embedding, # of all tokens
-        first:int, k:int=1, # the id of the first that learns, and how many do
+        first:int, # the id of the first that learns
+        k:int=1, # how many do
     ):
         super().__init__()
         self.old, self.first = old, first
@@ -248,7 +252,8 @@ class LoRALinear(nn.Linear):
     "W·x + scale·B·(A·x): W stays as it is; A and B, which learn, have few numbers (Hu et al., 2021)."
     def __init__(self,
         linear:nn.Linear, # whose weights it uses; with an update already, W is what they are together
-        rank:int, scale:float=1., # of the update, at least 1; how strongly it acts
+        rank:int, # of the update, at least 1
+        scale:float=1., # how strongly it acts
     ):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device='meta')
         was = linear.weight + linear.update if isinstance(linear, LoRALinear) else linear.weight
@@ -297,10 +302,10 @@ def add_lora(
     "Give linear layers an update of low rank each; W stays in the same memory. Raises `ValueError` if there are none"
     rank, model, ends = _whole(rank, 'rank', 1), _share(model), tuple(f'.{target}' for target in targets)
     found = {name: layer for name, layer in model.named_modules()
-             if isinstance(layer, nn.Linear) and f'.{name}'.endswith(ends)}
+             if isinstance(layer, LoRALinear) or isinstance(layer, nn.Linear) and f'.{name}'.endswith(ends)}
     if not found: raise ValueError(f'no linear layer has a name that ends in {", ".join(targets)}')
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for name, layer in found.items(): model.set_submodule(name, LoRALinear(layer, rank))
     return model
 
@@ -478,6 +483,8 @@ def _check_request(pipe, token, method, pictures, output, numbers):
         raise ValueError(f"a token is one word in angle brackets, such as '<spiral>', got {token!r}")
     plan = dict(zip(('steps', 'lr'), METHODS[method])) | {k: v for k, v in numbers.items() if v is not None}
     for name in plan.keys() - {'lr'}: _whole(plan[name], name, 0 if name == 'seed' else 1)
+    parts = min(10, plan['steps'])
+    plan['steps'] = parts*round(plan['steps']/parts)                      # in equal parts
     if pipe.unet.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'weights in float32 or bfloat16 can learn, these are in {pipe.unet.dtype}')
     if method == 'dreambooth' and lora_layers(pipe.unet): raise ValueError('dreambooth needs a U-Net without LoRA')
@@ -494,12 +501,17 @@ def finetune(
     token:str, # the new word for what is on them, such as '<spiral>'
     output:str|Path, # the folder for what is learned; a training that was cut short goes on
     method:str='inversion', # or 'lora' or 'dreambooth'
-    steps:int|None=None, lr:float|None=None, bs:int=4, # None: as in `METHODS`; pictures in a batch
-    vectors:int=1, initial:str|None=None, # of the token; the word that it begins as, None: the mean of all
+    steps:int|None=None, # rounded to tens above ten; None: as in `METHODS`
+    lr:float|None=None, # None: as in `METHODS`
+    bs:int=4, # pictures in a batch
+    vectors:int=1, # how many the token has
+    initial:str|None=None, # the word that they begin as; None: the mean of all
     rank:int=4, # of LoRA's updates
     prior:Sequence[str]|None=None, # prompts whose pictures are to stay; None: 600 of lesson 01, for inversion none
-    size:int|None=None, seed:int=0, # side of the pictures, None: as the U-Net was made for; of everything random
-    resumable:bool=True, progress:bool=True, # keep a checkpoint after each tenth; show fastai's bar and table
+    size:int|None=None, # side of the pictures; None: as the U-Net was made for
+    seed:int=0, # of everything random
+    resumable:bool=True, # keep a checkpoint after each tenth
+    progress:bool=True, # show fastai's bar and table
 ) -> dict: # the manifest: method, token, steps, seconds, losses, sha256, …
     "Teach a pipeline a new thing from a few pictures, in one of three ways. Raises `ValueError`"
     pictures, output, side = Path(pictures), Path(output), size or pipe.unet.config.sample_size*pipe.factor
@@ -528,7 +540,7 @@ def _tables(pipe, tokenizer, pictures, prompts, plan, side):
 def _save_finetuned(pipe, tuned, vectors, output, plan):
     "What was learned, as files that diffusers reads, and the manifest; the checkpoint has done its duty"
     from sdcourse.training import CHECKPOINT
-    if plan['method'] == 'lora': save_lora(tuned, output)
+    if plan['method'] == 'lora': save_lora(_with(tuned, text_encoder=nn.Identity()), output)  # the U-Net's alone
     if plan['method'] == 'dreambooth':
         tuned.unet.save_pretrained(output/'unet', dtype=torch.float16)
         write_manifest(output/'unet', method='dreambooth', token=plan['token'])

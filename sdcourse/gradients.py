@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import digit_dataloaders, mnist
-from .model import Model, default_device, write_manifest
+from .model import Model, _check_device, _make_folder, default_device, write_manifest
 
 # %% ../nbs/02_gradients.ipynb #1f5243c8
 NOT_A_DIGIT = 10
@@ -160,11 +160,10 @@ def train_classifier(
     "Train a `DigitClassifier` with fastai, and save it in half precision."
     if not isinstance(epochs, int) or epochs < 1: raise ValueError(f'epochs must be at least 1, not {epochs}')
     if not 0 <= noise < math.inf: raise ValueError(f'noise must not be negative nor infinite, it is {noise}')
-    try: Path(output).mkdir(parents=True, exist_ok=True)              # better now than after the training
-    except OSError as e: raise ValueError(f'cannot write {output}: {e.strerror}') from e
-    start, device = time.perf_counter(), torch.device(device or default_device())
+    start, device = time.perf_counter(), torch.device(_check_device(device or default_device()))
+    _make_folder(output := Path(output))      # better now than after the training; a path is never a shipped name
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = DigitClassifier().to(device, memory_format=torch.channels_last)
     steps = _fit(model, digit_dataloaders(bs, seed=seed, device=device), noise, epochs, lr, seed, progress)
     model.eval().save_pretrained(output, dtype=torch.float16)
@@ -230,8 +229,8 @@ def check_labels(
     "Labels as a tensor; raises `ValueError` unless they are one or more whole numbers from 0 to 9."
     try: checked = torch.as_tensor(list(labels))
     except (TypeError, ValueError, RuntimeError): checked = torch.empty(0)
-    whole = checked.ndim == 1 and len(checked) and checked.dtype == torch.int64
-    if whole and 0 <= checked.min() <= checked.max() <= 9: return checked
+    whole = checked.ndim == 1 and len(checked) and not (checked.is_floating_point() or checked.dtype == torch.bool)
+    if whole and 0 <= checked.min() <= checked.max() <= 9: return checked.long()
     raise ValueError(f'labels must be one or more whole numbers from 0 to 9, got {labels!r}')
 
 # %% ../nbs/02_gradients.ipynb #510a8cac

@@ -12,7 +12,7 @@ import os
 import struct
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -163,7 +163,9 @@ def show_images(
     images: Tensor | Sequence[Tensor],  # (n,c,h,w), (c,h,w), or a list of (c,h,w) of any sizes
     titles: Sequence[str] | None = None,  # one above each picture
     ncols: int | None = None,  # pictures in a row; None: up to ten
-    cmap: str = 'gray', vmin: float = -1., vmax: float = 1.,  # for one-channel pictures; 'RdBu_r' for signed maps
+    cmap: str = 'gray',  # for one-channel pictures; 'RdBu_r' for signed maps
+    vmin: float = -1.,  # what is shown black
+    vmax: float = 1.,  # what is shown white
     size: float = 1.2,  # of one picture, in inches
     suptitle: str | None = None,  # above them all
 ):  # matplotlib Figure, one axis a picture
@@ -215,8 +217,9 @@ def atomic_path(
 ):  # the temporary path to write to
     "Write to a temporary file beside `path`; it takes its place only when all is written, or `ValueError`"
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f'cannot write {path}: ' + ('it is a folder' if path.is_dir() else f'no folder {path.parent}'))
+    if os.path.isdir(path) or not os.path.isdir(path.parent):  # Path.is_dir raises an error for a name that is too long
+        why = 'it is a folder' if os.path.isdir(path) else f'no folder {path.parent}'
+        raise ValueError(f'cannot write {path}: {why}')
     temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
         temporary.touch()
@@ -225,7 +228,8 @@ def atomic_path(
         temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as e: raise ValueError(f'cannot write {path}: {e.strerror or e}') from e
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): temporary.unlink()
 
 # %% ../nbs/00_images.ipynb #7144fcbd
 def _enlarge(
@@ -304,9 +308,9 @@ def _gif_bytes(
 def save_gif(
     frames: Iterable[Tensor],  # pictures of one size, (c,h,w) or (n,c,h,w) that is tiled, in [-1,1]
     path: str | Path,  # file in an existing folder: .gif
-    fps: float = 10,  # frames a second, above 0 and at most 50
+    fps: float = 10,  # frames a second, 1 to 50
     scale: int = 1,  # each pixel becomes a square of this side
-    hold: float = 1.,  # seconds that the last frame stays
+    hold: float = 1.,  # seconds that the last frame stays, 0 to 60
 ) -> Path:  # `path`
     "Save an animation, whole or not at all; raises `ValueError` for what cannot be written"
     path = _check_suffix(path, ('.gif',))
@@ -317,9 +321,9 @@ def save_gif(
 # %% ../nbs/00_images.ipynb #b5142562
 def animate(
     frames: Iterable[Tensor],  # pictures of one size, (c,h,w) or (n,c,h,w) that is tiled, in [-1,1]
-    fps: float = 10,  # frames a second, above 0 and at most 50
+    fps: float = 10,  # frames a second, 1 to 50
     scale: int = 1,  # each pixel becomes a square of this side
-    hold: float = 1.,  # seconds that the last frame stays
+    hold: float = 1.,  # seconds that the last frame stays, 0 to 60
 ):  # IPython.display.Image
     "Play an animation in a notebook: the last value of a cell"
     from IPython.display import Image as Display

@@ -23,7 +23,7 @@ from .gradients import NOT_A_DIGIT, DigitClassifier, follow_gradient, input_grad
 from .images import COLORS, latents_to_rgb, show_images, to_pil, to_tensor
 from .noise import SCHEDULES, add_noise, make_alphas_cumprod, make_betas, snr
 from .pipeline import StableDiffusionPipeline, parse_weights
-from .tokenizer import CLIPTokenizer
+from .tokenizer import CLIPTokenizer, spell_out
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 from .widgets import (_STYLE, Board, Lab, Runner, Settings, as_png, choose_scheduler, draw_steps, picture,
@@ -111,7 +111,7 @@ class GradientLab(PictureLab):
     ):
         import ipywidgets as w
         self.model = model or DigitClassifier.from_pretrained('noisy_classifier')
-        self.x = (mnist('test')[0][0] if image is None else image).clone()
+        self.x = (mnist('test')[0][0] if image is None else image).to(self.model.device, copy=True)
         options = [*((str(i), i) for i in range(10)), ('not a digit', NOT_A_DIGIT)]
         self.label = w.Dropdown(options=options, value=label, description='should be')
         below = w.Layout(margin='2px 2px 2px 90px')                           # where the menu begins
@@ -154,7 +154,7 @@ def go(self:GradientLab,
     steps:int = 10, # of the gradient
 ):
     "Follow the gradient a short way."
-    labels, generator = torch.tensor([self.label.value]), torch.Generator().manual_seed(0)
+    labels, generator = torch.tensor([self.label.value], device=self.x.device), torch.Generator().manual_seed(0)
     self._put(follow_gradient(self.model, self.x[None], labels, generator, steps, reach=.1, noise=.5)[0])
 
 # %% ../nbs/15b_labs.ipynb #3741d41b
@@ -162,7 +162,7 @@ def go(self:GradientLab,
 def draw(self:GradientLab) -> list: # of matplotlib figures
     "Picture, gradient, probabilities."
     label, names = self.label.value, [*map(str, range(10)), 'none']
-    gradient = input_gradient(self.model, self.x[None], torch.tensor([label]))[0, 0]
+    gradient = input_gradient(self.model, self.x[None], torch.tensor([label], device=self.x.device))[0, 0].cpu()
     with torch.no_grad(): p = self.model(self.x[None]).softmax(1)[0]
     most = max(gradient.abs().max().item(), 1e-12)
     figures, (left, middle, right) = _panels(
@@ -184,7 +184,7 @@ class LatentLab(PictureLab):
         import ipywidgets as w
         self.vae = vae or AutoencoderKL.from_pretrained('scenes/vae')
         image = Scenes('test', 1)[0].image if image is None else image
-        with torch.no_grad(): mean = self.vae.encode(image[None]).latent_dist.mean
+        with torch.no_grad(): mean = self.vae.encode(image[None].to(self.vae.device)).latent_dist.mean
         self.start = (8*mean*self.vae.config.scaling_factor).round().clamp(-64, 64)/8      # as the sliders can show it
         self.z, (height, width) = self.start.clone(), mean.shape[2:]
         self.row = w.IntSlider(height//2, 0, height - 1, description='row')
@@ -234,7 +234,8 @@ class CLIPSearch(PictureLab):
     def __init__(self,
         images:Tensor, # to search in, (n,3,64,64) in [-1,1]
         text:str = 'a red seven', # to begin with
-        clip:CLIPModel|None = None, tokenizer:CLIPTokenizer|None = None, # that belong together; None: the shipped ones
+        clip:CLIPModel|None = None, # None: the shipped one
+        tokenizer:CLIPTokenizer|None = None, # with which it was trained; None: the shipped one
         vectors:Tensor|None = None, # where the images lie, (n,d); None: they are encoded now
         best:int = 8, # how many to show, 1 to n
     ):
@@ -249,7 +250,8 @@ class CLIPSearch(PictureLab):
 
     def draw(self) -> list: # of a matplotlib figure
         "The best, with their cosines."
-        cosines = self.vectors @ encode_captions(self.clip, self.tokenizer, [self.text.value])[0]
+        wanted = encode_captions(self.clip, self.tokenizer, [self.text.value])[0]
+        cosines = (self.vectors @ wanted.to(self.vectors.device)).cpu()
         top = cosines.topk(self.best)
         return [show_images(self.images[top.indices], [f'{c:.2f}' for c in top.values.tolist()], ncols=4)]
 
@@ -353,7 +355,8 @@ def watch_words(
 # %% ../nbs/15b_labs.ipynb #48e32283
 def mean_map(
     seen:Sequence[Tensor], # of `watch_words`, (places,tokens) each; the places of a picture of height:width
-    height:int, width:int, # of the latent
+    height:int, # of the latent
+    width:int, # likewise
 ) -> Tensor: # (tokens,height,width)
     "The mean of all layers, each enlarged to the latent's size."
     maps = []
@@ -369,13 +372,15 @@ def word_places(
     prompt:str, # any; weights as '(bold:1.4)' are understood
 ) -> list[tuple[str, list[int]]]: # each word, and the places of its tokens among those of `token_rows`
     "Which tokens a word became."
-    tokens = [token for text, _ in parse_weights(prompt) for token in tokenizer.tokenize(text)]
+    texts = [spell_out(tokenizer, text) for text, _ in parse_weights(prompt)]
+    tokens = [token for text in texts for token in tokenizer.tokenize(text)]
     words, places, room = [''], [[]], tokenizer.model_max_length - 2
     for i, token in enumerate(tokens):
         row, place = divmod(i, room)
         words[-1] += token.removesuffix('</w>')
         places[-1].append(row*(room + 2) + 1 + place)
-        if token.endswith('</w>'): words, places = [*words, ''], [*places, []]
+        if token.endswith('</w>') or token in tokenizer.added_tokens_encoder:
+            words, places = [*words, ''], [*places, []]
     return [(word, place) for word, place in zip(words, places) if place]
 
 # %% ../nbs/15b_labs.ipynb #644a0e6c

@@ -241,7 +241,8 @@ def read_scenes(
     patches = (cut_out(images, scenes).clamp(-1, 1) + 1)/2
     mask = patches.amax(1, keepdim=True)                                  # bright where there is ink, whatever its hue
     mask = mask/mask.amax((2, 3), keepdim=True).clamp(min=1e-3)
-    with torch.no_grad(): digits = torch.cat([model(part*2 - 1)[:, :10].argmax(1) for part in mask.split(500)])
+    parts = ((part*2 - 1).to(model.device, model.dtype) for part in mask.split(500))
+    with torch.no_grad(): digits = torch.cat([model(part)[:, :10].argmax(1) for part in parts]).to(images.device)
     color = (patches*mask**2).sum((2, 3))
     inks = torch.tensor(list(INKS.values()), dtype=color.dtype, device=color.device)
     hue, hues = (c/c.amax(1, keepdim=True).clamp(min=1e-6) for c in (color, inks))

@@ -174,6 +174,12 @@ def _remove(
     try: path.unlink(missing_ok=True)
     except OSError as e: raise ValueError(f'cannot remove {path}: {e.strerror}') from e
 
+# %% ../nbs/00_model.ipynb #e1102d1e
+def _save_weights(weights, path):
+    "A safetensors file; the library has an error of its own for a full disk"
+    try: save_file(weights, path, metadata={'format': 'pt'})
+    except SafetensorError as e: raise OSError(str(e)) from e
+
 # %% ../nbs/00_model.ipynb #9b4b9f27
 @patch
 def save_pretrained(self: Model,
@@ -187,10 +193,9 @@ def save_pretrained(self: Model,
     with atomic_path(folder/self.config_name) as config:
         config.write_text(text, encoding='utf-8')
         with atomic_path(folder/self.weights_name) as data:
-            try: save_file(weights, data, metadata={'format': 'pt'})
-            except SafetensorError as e: raise OSError(str(e)) from e
+            _save_weights(weights, data)
             _remove(folder/self.config_name)  # from here on, until the new one is in place, nobody can load a mixture
-    _remove(folder/'manifest.json')  # it speaks of other weights
+            _remove(folder/'manifest.json')  # it speaks of other weights
     return folder
 
 # %% ../nbs/00_model.ipynb #2911e22e

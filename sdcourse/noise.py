@@ -228,7 +228,7 @@ def make_target(
     alphas_cumprod:Tensor, # share of the signal that is left, (T,)
     prediction_type:str='epsilon', # one of PREDICTION_TYPES
 )->Tensor: # what a model of that type should answer, same shape
-    "The right answer. Raises ValueError for unknown types, and shapes or timesteps that do not fit"
+    "The right answer. Raises ValueError for unknown types and shapes that do not fit, and for velocities timesteps"
     _check_prediction_type(prediction_type)
     _check_pair(x0, eps, ('x0', 'eps'))
     if prediction_type == 'v_prediction': return velocity(x0, eps, t, alphas_cumprod)

@@ -37,9 +37,13 @@ from .vae import AutoencoderKL
 class StableDiffusionPipeline:
     "A prompt becomes a picture: five parts, each a plain attribute that anybody may replace (Rombach et al., 2022)."
     def __init__(self,
-        vae:nn.Module, text_encoder:nn.Module, # pictures to latents and back; ids to vectors
-        tokenizer, unet:nn.Module, scheduler, # texts to ids; predicts the noise; plans the steps
-        safety_checker=None, feature_extractor=None, # looks at finished pictures; prepares them for it
+        vae:nn.Module, # pictures to latents and back
+        text_encoder:nn.Module, # ids to vectors
+        tokenizer, # texts to ids
+        unet:nn.Module, # predicts the noise
+        scheduler, # plans the steps
+        safety_checker=None, # looks at finished pictures
+        feature_extractor=None, # prepares them for it
     ):
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
@@ -172,9 +176,13 @@ def _signal(alphas_cumprod, t):
 class Step:
     "One step of the denoising. Who consumes the loop may give `xt` another value: it goes on from there."
     def __init__(self,
-        i:int, of:int, t:Tensor, # its number from 0, how many there are; the timestep that it started from
+        i:int, # its number, from 0
+        of:int, # how many there are
+        t:Tensor, # the timestep that it started from
         xt:Tensor, # the latents after it, (n,4,h,w)
-        seen:Tensor, output:Tensor, scheduler, # what the U-Net saw and answered; what knows the noise levels
+        seen:Tensor, # what the U-Net saw
+        output:Tensor, # what it answered
+        scheduler, # what knows the noise levels
     ):
         self.i, self.of, self.t, self.xt, self._answer = i, of, t, xt, (seen, output, scheduler)
 
@@ -260,7 +268,7 @@ def _check_masks(masks, images):
                          f'of {len(images)}; got {len(masks)} of {tuple(masks.shape[2:])}')
     if not 0 <= (low := masks.min()) <= (high := masks.max()) <= 1:
         raise ValueError(f'mask_image must lie in [0, 1], got {low:.3g} to {high:.3g}')
-    return (masks >= .5).float()
+    return (masks >= .5).float().to(images.device)
 
 # %% ../nbs/11_pipeline.ipynb #f38ea30d
 @patch
@@ -373,7 +381,8 @@ def _list_texts(texts, name):
 def _check_generators(generator, n):
     "Raises `ValueError` unless this is None, a generator, or one for each of n pictures"
     many = isinstance(generator, (list, tuple))
-    if not all(isinstance(g, torch.Generator) for g in (generator if many else [generator] if generator else [])):
+    given = generator if many else [] if generator is None else [generator]
+    if not all(isinstance(g, torch.Generator) for g in given):
         raise ValueError(f'generator must be a torch.Generator, one for each picture, or None, got {generator!r}')
     if many and len(generator) != n: raise ValueError(f'{n} pictures need {n} generators, got {len(generator)}')
 
@@ -383,7 +392,8 @@ def _words(self:StableDiffusionPipeline, prompt, negative, vectors, negative_vec
     "The prompts' vectors, repeated for the pictures of each; with guidance, those of the negative prompts before them"
     prompts = _list_texts(prompt, 'prompt')
     negatives = _list_texts('' if negative is None else negative, 'negative_prompt')
-    if vectors is not None and prompts != ['']: raise ValueError(f'prompt_embeds or prompt, not both; got {prompt!r}')
+    for name, texts, given in (('prompt', prompts, vectors), ('negative_prompt', negatives, negative_vectors)):
+        if given is not None and texts != ['']: raise ValueError(f'{name}_embeds or {name}, not both; got {texts!r}')
     _warn_of_words(self.tokenizer, [*prompts, *negatives])
     rows = [v.shape[1]//self.tokenizer.model_max_length for v in (vectors, negative_vectors) if v is not None]
     both = self.embed([*prompts, *negatives], *rows[:1])
@@ -400,16 +410,23 @@ def _words(self:StableDiffusionPipeline, prompt, negative, vectors, negative_vec
 # %% ../nbs/11_pipeline.ipynb #d99850e4
 @patch
 def denoise(self:StableDiffusionPipeline,
-    prompt:str|Sequence[str]='', negative_prompt:str|Sequence[str]|None=None, # what to show, '': anything; what not
-    image=None, mask_image=None, # to begin with: PIL or (n,3,h,w) in [-1,1]; of the same size, white: to be repainted
+    prompt:str|Sequence[str]='', # what to show; '': anything
+    negative_prompt:str|Sequence[str]|None=None, # what not to show; None: nothing in particular
+    image=None, # to begin with: PIL, or (n,3,h,w) in [-1,1]
+    mask_image=None, # of the same size; white: to be repainted
     strength:float|None=None, # how far image goes back to noise, above 0 to 1; None: 0.8, with a mask 1
-    num_inference_steps:int=50, timesteps:Sequence[int]|None=None, # how many steps; or which timesteps, falling
-    guidance_scale:float=7.5, guidance_rescale:float=0., # 0: only what neg says, 1: as learned, above: more; 0 to 1
-    eta:float=0., num_images_per_prompt:int=1, # fresh noise in DDIM's steps, 0 to 1; pictures of each prompt
+    num_inference_steps:int=50, # how many steps
+    timesteps:Sequence[int]|None=None, # or which timesteps, falling
+    guidance_scale:float=7.5, # 0: only what the negative prompt says; 1: as learned; above: more
+    guidance_rescale:float=0., # back to the spread of the conditional answer, 0 to 1
+    eta:float=0., # fresh noise in DDIM's steps, 0 to 1
+    num_images_per_prompt:int=1, # pictures of each prompt
     generator:torch.Generator|Sequence[torch.Generator]|None=None, # of all noise; or one for each picture
     latents:Tensor|None=None, # noise to begin with, (n,4,h/8,w/8)
-    height:int|None=None, width:int|None=None, # multiples of 8; None: those the U-Net was trained on
-    prompt_embeds:Tensor|None=None, negative_prompt_embeds:Tensor|None=None, # from `embed`, instead of texts
+    height:int|None=None, # a multiple of 8; None: that which the U-Net was trained on
+    width:int|None=None, # likewise
+    prompt_embeds:Tensor|None=None, # from `embed`, instead of a prompt
+    negative_prompt_embeds:Tensor|None=None, # likewise
 ) -> Iterator[Step]: # one for each step
     "The loop that everything else consumes; one at a time. Raises `ValueError` for what it cannot do before it begins"
     image, mask, strength = self._check_request(image, mask_image, strength, latents)
@@ -475,7 +492,8 @@ def __call__(self:StableDiffusionPipeline,
 
 # %% ../nbs/11_pipeline.ipynb #5b324448
 def slerp(
-    a:Tensor, b:Tensor, # noise, (n,c,h,w)
+    a:Tensor, # noise, (n,c,h,w)
+    b:Tensor, # other noise, (n,c,h,w)
     share:float, # 0: a, 1: b
 ) -> Tensor: # noise that is as long as noise is, (n,c,h,w)
     "On the sphere where noise lies (Shoemake, 1985): its length goes from a's to b's; a straight way's is too short."
@@ -506,7 +524,8 @@ def _load_part(name, kind, place, device, **how):
 @patch(cls_method=True)
 def from_pretrained(cls:StableDiffusionPipeline,
     name_or_path:str|Path, # a folder in diffusers' layout, or 'owner/name' on the hub
-    device:torch.device|str|None=None, dtype:torch.dtype|None=torch.float32, # None: torch's default; as in the files
+    device:torch.device|str|None=None, # None: torch's default
+    dtype:torch.dtype|None=torch.float32, # None: as in the files
     variant:str|None=None, # 'fp16': the files that have that in their names, half as long
     **parts, # to be used instead of those in the folder; safety_checker=None: none
 ) -> StableDiffusionPipeline: # ready
@@ -561,7 +580,7 @@ def find_part(self:StableDiffusionPipeline,
     "Where `part` predicts the picture better than `rest` does. Raises `ValueError` as `denoise` does"
     image, gap = _check_pictures(image, self.factor), 0
     part, rest = (_text_for_each(texts, name, len(image)) for name, texts in dict(part=part, rest=rest).items())
-    def noise(i): return [torch.Generator(self.device).manual_seed(seed + i) for _ in image]
+    def noise(i): return [torch.Generator().manual_seed(seed + i) for _ in image]
     clean = self.encode(image, noise(0))
     def wrong(texts, strength, i):
         step = next(self.denoise(texts, image=image, strength=strength, guidance_scale=1., generator=noise(i)))
@@ -575,9 +594,11 @@ def find_part(self:StableDiffusionPipeline,
 @patch
 def take_away(self:StableDiffusionPipeline,
     image, # PIL pictures, or a tensor (n,3,h,w) in [-1,1]
-    prompt:str|Sequence[str], negative_prompt:str|Sequence[str], # what stays, what goes; one, or one for each picture
+    prompt:str|Sequence[str], # what stays; one, or one for each picture
+    negative_prompt:str|Sequence[str], # what goes; likewise
     strength:float=.4, # of repainting, above 0 to 1
-    guidance_scale:float=2., seed:int=0, # as for `denoise`; of the noise that finds the place
+    guidance_scale:float=2., # as for `denoise`
+    seed:int=0, # of the noise that finds the place
     **words, # more arguments of the call: num_inference_steps, generator, output_type
 ) -> Output: # the pictures
     "Find what the negative prompt names, fill its place with what is around, and repaint that."

@@ -12,13 +12,12 @@ from weakref import finalize
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .clip import CLIPTextModel
 from .images import _whole, atomic_path
-from .model import _check_device, _check_dtype, _own_tensors, _read_weights, default_device
+from .model import _check_device, _check_dtype, _own_tensors, _read_weights, _save_weights, default_device
 from .pipeline import StableDiffusionPipeline
 from .schedulers import DDIMScheduler, PNDMScheduler
 from .tokenizer import CLIPTokenizer
@@ -182,7 +181,8 @@ def from_single_file(cls:StableDiffusionPipeline,
     path:str|Path, # a .safetensors in the original layout of Stable Diffusion 1 or 2
     tokenizer=None, # a `CLIPTokenizer`, or a folder or 'owner/name' that has one; None: OpenAI's, from the hub
     prediction_type:str|None=None, # 'epsilon' or 'v_prediction': version 2 must be told; None in version 1: 'epsilon'
-    device:torch.device|str|None=None, dtype:torch.dtype|None=torch.float32, # None: torch's default; as in the file
+    device:torch.device|str|None=None, # None: torch's default
+    dtype:torch.dtype|None=torch.float32, # None: as in the file
     **parts, # to be used instead: unet, vae, text_encoder, scheduler; safety_checker and feature_extractor
 ) -> StableDiffusionPipeline: # ready
     "A whole pipeline from one file. Raises `ValueError` for a pickle, and for what is missing, damaged or unknown"
@@ -226,7 +226,7 @@ def save_single_file(self:StableDiffusionPipeline,
             if '.attn_1.' in original and weight.ndim == 2: weight = weight[:, :, None, None]  # a 1×1 convolution
             found.setdefault(original, []).append(weight)                 # query, key and value have one name
     whole = {name: weights[0] if len(weights) == 1 else torch.cat(weights) for name, weights in found.items()}
-    with atomic_path(path) as temporary: save_file(_own_tensors(whole, dtype), temporary, metadata={'format': 'pt'})
+    with atomic_path(path) as temporary: _save_weights(_own_tensors(whole, dtype), temporary)
     return path
 
 # %% ../nbs/16_real_weights.ipynb #c9fe25b4
@@ -262,7 +262,9 @@ class PeakMemory(TorchDispatchMode):
 
 # %% ../nbs/16_real_weights.ipynb #ad97ebf0
 def sliced_attention(
-    q:Tensor, k:Tensor, v:Tensor, # (b,heads,n,d); (b,heads,m,d) twice
+    q:Tensor, # (b,heads,n,d)
+    k:Tensor, # (b,heads,m,d)
+    v:Tensor, # (b,heads,m,d)
     heads:int=1, # at a time, 1 or more
 ) -> Tensor: # (b,heads,n,d)
     "softmax(q·kᵀ/√d)·v, so many heads of one picture after the other: the same in less memory."

@@ -19,10 +19,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import num_distrib
 from fastcore.basics import chunked, patch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .images import _whole, atomic_path, to_pictures
+from .model import _make_folder, default_device
 from .training import Task
 
 # %% ../nbs/11b_scale.ipynb #d55bd6e3
@@ -128,17 +129,25 @@ def decode(
     "Bytes to pictures. Raises `ValueError` that names the one that cannot be read."
     pictures = []
     for name, data, _ in examples:
-        try: pictures.append(to_pictures(Image.open(BytesIO(data)), side))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        try:
+            with Image.open(BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
+                pictures.append(to_pictures(ImageOps.exif_transpose(image), side))      # as its camera held it
+        except Exception as e:                                             # Pillow says it in many ways
             raise ValueError(f'{name} is no picture that can be read: {e}') from e
     return torch.cat(pictures), [example.caption for example in examples]
 
 # %% ../nbs/11b_scale.ipynb #8e3c517d
 PICTURES = '.png', '.jpg', '.jpeg', '.webp'
 
+def _text(path):
+    "What a file says; raises `ValueError` unless it is UTF-8"
+    try: return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8: {e}') from e
+
 def _listed(path):
     "File names and captions of a metadata.jsonl; raises `ValueError` for a line that has none"
-    for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for i, line in enumerate(_text(path).split('\n'), 1):
+        if not line.strip(): continue
         try: row = json.loads(line)
         except ValueError as e: raise ValueError(f'{path}, line {i}: {e}') from e
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ('file_name', 'text')):
@@ -150,7 +159,7 @@ def _side_by_side(folder):
     for path in sorted(p for p in folder.rglob('*') if p.suffix.lower() in PICTURES):
         caption = path.with_suffix('.txt')
         if not caption.is_file(): raise ValueError(f'{path} has no caption: there is no {caption.name} beside it')
-        yield path, caption.read_text(encoding='utf-8').strip()
+        yield path, _text(caption).strip()
 
 # %% ../nbs/11b_scale.ipynb #32dc34da
 class PictureFolder:
@@ -184,7 +193,9 @@ def write_shards(
     "Pack pictures and captions into tar files, as webdataset reads them. Raises `ValueError` if there are none."
     folder, paths, pairs = Path(folder), [], iter(pairs)
     _whole(per_shard, 'per_shard', 1)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
+    if old := sorted(folder.glob('*.tar')):
+        raise ValueError(f'{folder} holds {old[0].name} already: take another folder')
     while part := [*islice(pairs, per_shard)]:
         paths.append(folder/f'{len(paths):05}.tar')
         with atomic_path(paths[-1]) as path, tarfile.open(path, 'w') as tar:
@@ -296,7 +307,7 @@ def captioned_dataloaders(
     side:int=64, # of the pictures, in pixels
     valid:int=1000, # pictures held out for validation, at most a tenth; of tar files, the last one is
     seed:int=0, # of that choice
-    device:torch.device|str|None=None, # where batches are put; None: where fastai finds a GPU, or the CPU
+    device:torch.device|str|None=None, # where batches are put; None: a GPU if there is one
     collate:Callable=lambda images, captions: (images, captions), # what a batch is made of
 ) -> DataLoaders: # of (pictures (bs,3,side,side) in [-1,1], captions), or of what `collate` makes
     "Any pictures with captions as fastai `DataLoaders`; training batches are full. Raises `ValueError`."
@@ -305,4 +316,4 @@ def captioned_dataloaders(
     source, make = (shards, _from_shards) if shards else (PictureFolder(folder), _from_folder)
     train, held_out = make(source, bs, lambda examples: collate(*decode(examples, side)), valid, seed)
     if not len(train): raise ValueError(f'bs must be at most the number of pictures to train on, not {bs}')
-    return DataLoaders(train, held_out, device=device)
+    return DataLoaders(train, held_out, device=device or default_device())

@@ -580,6 +580,7 @@ class EulerDiscreteScheduler(KarrasScheduler):
     only_floats, takes = True, ('timesteps', 'sigmas')
     fixed = dict(interpolation_type='linear', sigma_min=None, sigma_max=None, timestep_type='discrete')
     def _schedule_levels(self, sigmas, device):
+        if len(sigmas) < 2: raise ValueError(f'sigmas is {sigmas.tolist()}; allowed: at least two, the last is the end')
         t = _sigma_to_t(sigmas[:-1], self._logs).astype(np.float32)
         self._plan_sigmas(t, sigmas, device, len(t))
     def _step(self, i, output, x, generator):

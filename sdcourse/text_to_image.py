@@ -24,7 +24,7 @@ from .gradients import DigitClassifier
 from .images import _whole
 from .metrics import cut_out
 from .model import (PRETRAINED, _check_device, _make_folder, default_device, find_pretrained, fingerprint,
-                            read_manifest, write_manifest)
+                            read_manifest, sha256, write_manifest)
 from .noise import add_noise, make_target, sample_timesteps
 from .pipeline import StableDiffusionPipeline
 from .schedulers import DDIMScheduler
@@ -52,7 +52,8 @@ def to_images(
 HELD_OUT = frozenset(random.Random(0).sample([*product(range(10), INKS, RELATIONS)], 32))  # of 320
 
 def held_out(
-    things:Sequence[Thing], relation:str|None, # what is in a scene
+    things:Sequence[Thing], # what is in a scene, one or two
+    relation:str|None, # how they stand to each other; None for one
 ) -> bool: # whether the training never shows it
     "Does a thing stand in a relation that is held out for its digit and ink? Where A is above B, B is below A."
     relations = relation, _OPPOSITE.get(relation)                         # of the first, and of the second
@@ -181,7 +182,7 @@ def _cut_outs(vae, n):
     @torch.no_grad()
     def collate(images, scenes):
         half = len(images)//2
-        images = torch.cat([vae(images[:half]).sample, images[half:]])
+        images = torch.cat([vae(images[:half].to(vae.device)).sample.cpu(), images[half:]])
         wanted = [(t.digit, STROKES.index(t.stroke) if t.stroke else -100)              # the loss passes over -100
                   for s in scenes for t in s.things]
         return cut_things(images, scenes)[0], torch.tensor(wanted)
@@ -207,13 +208,13 @@ def train_reader(
 ) -> dict: # the manifest: seed, epochs, seconds, losses, sha256
     "Train the judge of scenes: `DigitClassifier` with 12 outputs, ten digits, then thin and bold."
     from sdcourse.training import Task, fit, make_learner
-    output = _begin(output, seed, epochs=epochs, n=n)
+    output = _begin(output, seed, epochs=epochs, n=_whole(n, 'n', 64))
     class Reading(Task):
         def shuffle(self, generator): return new_scenes(generator)
     def loss(answer, wanted):
         return F.cross_entropy(answer[:, :10], wanted[:, 0]) + F.cross_entropy(answer[:, 10:], wanted[:, 1])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         reader = DigitClassifier(num_classes=12)
     task = Reading()
     task.seed = seed
@@ -237,10 +238,10 @@ def _right(images, scenes, reader):
 # %% ../nbs/12_text_to_image.ipynb #b7d6a055
 def _related(images, scenes, reader):
     "Of scenes of two things: does no other relation fit the picture better than the one that was asked for? (n,) bool"
-    fits = [_right(images, [s._replace(relation=r) for s in scenes], reader)[:, :2].reshape(-1, 4).sum(1)
-            for r in RELATIONS]                                           # digits and inks that are right: 0 to 4
+    fits = torch.stack([_right(images, [s._replace(relation=r) for s in scenes], reader)[:, :2].reshape(-1, 4).sum(1)
+                        for r in RELATIONS])                              # digits and inks that are right: 0 to 4
     asked = torch.tensor([RELATIONS.index(s.relation) for s in scenes], device=images.device)
-    return torch.stack(fits).gather(0, asked[None])[0] == torch.stack(fits).amax(0)
+    return fits.gather(0, asked[None])[0] == fits.amax(0)
 
 # %% ../nbs/12_text_to_image.ipynb #c736ecfc
 @torch.no_grad()
@@ -282,7 +283,7 @@ def _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, dat
     from sdcourse.training import make_learner
     vae, text_encoder = AutoencoderKL.from_pretrained(parts/'vae'), CLIPTextModel.from_pretrained(parts/'clip')
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = Prompted(UNet2DConditionModel(**UNET), text_encoder, train_text).to(memory_format=torch.channels_last)
     for part in model.unet.modules():
         if isinstance(part, Attention) and device.type == 'cpu': part.attend = _attend
@@ -303,7 +304,7 @@ def _fit_scenes(parts, output, epochs, n, bs, lr, drop, train_text, seed, device
     learn = _learner(parts, tokenizer, bs, n, drop, train_text, seed, device, dtype, data)
     settings = dict(n=n, bs=bs, train_text=train_text, vae=fingerprint(learn.prompting.vae), data=data and str(data),
                     processes=team and team.size)
-    with sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():  # a quarter faster there
+    with sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():  # for the parts without _attend
         return learn, tokenizer, fit(learn, epochs, lr, wd=.02, folder=output, settings=settings,
                                       progress=progress and not (team and team.rank),
                                       cbs=[GradientClip(1.), *([team] if team else [])])
@@ -313,7 +314,8 @@ def _fit_scenes(parts, output, epochs, n, bs, lr, drop, train_text, seed, device
 def draw_scenes(
     pipe:StableDiffusionPipeline, # that draws
     scenes:Sequence[Scene], # whose captions are the prompts
-    num_inference_steps:int=25, guidance_scale:float=4., # as of `StableDiffusionPipeline.denoise`
+    num_inference_steps:int=25, # as of `StableDiffusionPipeline.denoise`
+    guidance_scale:float=4., # likewise
     seed:int=0, # picture i is drawn from the noise of seed + i
     bs:int=50, # pictures in a batch
 ) -> Tensor: # in [-1,1], (n,3,64,64), on the CPU
@@ -329,7 +331,8 @@ def draw_scenes(
 # %% ../nbs/12_text_to_image.ipynb #6c9bebc5
 def save_scenes(
     model:Prompted, # trained
-    vae:AutoencoderKL, tokenizer:CLIPTokenizer, # that it was trained with
+    vae:AutoencoderKL, # that it was trained with
+    tokenizer:CLIPTokenizer, # likewise
     output:str|Path, # the folder
     **facts, # what the manifest should say besides
 ) -> dict: # the manifest of the U-Net
@@ -337,8 +340,9 @@ def save_scenes(
     output = Path(output)
     vae_facts = read_manifest(output/'vae') if (output/'vae'/'manifest.json').exists() else {}
     pipe = StableDiffusionPipeline(vae, model.text_encoder, tokenizer, model.unet, DDIMScheduler(**SCHEDULER))
-    pipe.save_pretrained(output, dtype=torch.float16)                    # removes the VAE's manifest, which still holds
-    if vae_facts: write_manifest(output/'vae', **{k: v for k, v in vae_facts.items() if k != 'files'})
+    pipe.save_pretrained(output, dtype=torch.float16)                    # removes the VAE's manifest
+    if sha256(output/'vae'/vae.weights_name) in vae_facts.get('files', {}).values():  # which still holds
+        write_manifest(output/'vae', **{k: v for k, v in vae_facts.items() if k != 'files'})
     write_manifest(output/'text_encoder', trained_with='the U-Net' if facts.get('train_text') else 'clip, lesson 09')
     stored = StableDiffusionPipeline.from_pretrained(output, device=vae.device)
     scenes = Scenes('test', 200, seed=11).batch(range(200))[1]

@@ -60,7 +60,8 @@ def _check_texts(texts):
 
 # %% ../nbs/08b_tokenizer.ipynb #d48cff50
 def learn_merges(
-    texts:Sequence[str], n:int, # such as captions; merges wanted, fewer if no pairs are left
+    texts:Sequence[str], # such as captions
+    n:int, # merges wanted; fewer if no pairs are left
 ) -> list[tuple[str, str]]: # pairs, the first learned first
     "Byte-pair encoding (Sennrich et al., 2016): join the commonest pair; among equals the first in the alphabet."
     words, merges = Counter(word for text in _check_texts(texts) for word in _split_words(_normalize(text))), []
@@ -94,10 +95,13 @@ START, END = '<|startoftext|>', '<|endoftext|>'
 class CLIPTokenizer:
     "Texts to token ids and back, token for token as transformers' class of this name (Radford et al., 2021)."
     def __init__(self,
-        vocab:Mapping[str, int], merges:Sequence[tuple[str, str]], # ids of the tokens; pairs, the first learned first
+        vocab:Mapping[str, int], # ids of the tokens
+        merges:Sequence[tuple[str, str]], # pairs, the first learned first
         model_max_length:int=77, # ids in a row, start and end included
-        bos_token:str=START, eos_token:str=END, # stand first and last
-        unk_token:str=END, pad_token:str=END, # stand for unknown letters; fill up a row, in Stable Diffusion 2 with '!'
+        bos_token:str=START, # stands first
+        eos_token:str=END, # stands last
+        unk_token:str=END, # stands for unknown letters
+        pad_token:str=END, # fills up a row; in Stable Diffusion 2 it is '!'
         normalized:Collection[str]=(), # special and added tokens that are recognized in capitals too
         added:Mapping[str, bool]|None=None, # tokens without a role that stay whole too; True: `decode` can skip them
     ):
@@ -154,7 +158,8 @@ def tokenize(self:CLIPTokenizer,
 
 # %% ../nbs/08b_tokenizer.ipynb #06b3dd1d
 def learn_tokenizer(
-    texts:Sequence[str], n:int, # such as captions; merges wanted
+    texts:Sequence[str], # such as captions
+    n:int, # merges wanted
     model_max_length:int=77, # ids in a row, start and end included
 ) -> CLIPTokenizer: # of at most 514 + n tokens
     "Learn a vocabulary: letters, letters that end a word, what the merges make, start and end, in CLIP's order."
@@ -170,6 +175,7 @@ def decode(self:CLIPTokenizer,
 ) -> str|list[str]: # in small letters, a space after each word
     "Turn ids into a text, or into texts; raises `ValueError` for an id that the vocabulary does not have"
     ids, byte = getattr(token_ids, 'tolist', lambda: token_ids)(), {letter: b for b, letter in _LETTERS.items()}
+    ids = [ids] if isinstance(ids, int) else ids
     if ids and not isinstance(ids[0], int): return [self.decode(row, skip_special_tokens) for row in ids]
     unknown = [i for i in ids if i not in self._names]
     if unknown: raise ValueError(f'no token has the id {unknown[0]}; this vocabulary has {len(self)} tokens')
@@ -184,7 +190,8 @@ CLIPTokenizer.batch_decode = CLIPTokenizer.decode
 @patch
 def __call__(self:CLIPTokenizer,
     texts:str|Sequence[str], # one text or several
-    padding:bool|str=True, return_tensors:str='pt', # True or 'longest': to the longest row, or 'max_length'; 'pt' only
+    padding:bool|str=True, # True or 'longest': to the longest row; or 'max_length'
+    return_tensors:str='pt', # 'pt' only
     max_length:int|None=None, # of a row, start and end included; None: `model_max_length`
     truncation:bool=False, # whether to cut longer rows
 ) -> AttrDict: # `input_ids`, and `attention_mask`, 0 for padding; both (n,length) int64
@@ -266,7 +273,8 @@ def _read_special(whole, config, table, ids):
 # %% ../nbs/08b_tokenizer.ipynb #974914d3
 @patch(cls_method=True)
 def from_pretrained(cls:CLIPTokenizer,
-    name_or_path:str|Path, subfolder:str|None=None, # as of `Model.from_pretrained`
+    name_or_path:str|Path, # as of `Model.from_pretrained`
+    subfolder:str|None=None, # likewise
 ) -> CLIPTokenizer: # ready
     "Load a tokenizer; raises `ValueError` for files that are missing, damaged, or do not fit each other"
     folder = find_pretrained(name_or_path, subfolder, _FILES)

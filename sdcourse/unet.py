@@ -469,7 +469,9 @@ def forward(self:UNet2DConditionModel,
     encoder_hidden_states=None, # the prompt's vectors, a tensor (b,m,cross_attention_dim), or `Remembered`
     class_labels:Tensor|None=None, # class of each picture, (b,)
     return_dict:bool|None=None, # hosts say True or False, and get a `Prediction`
-    timestep_cond:None=None, cross_attention_kwargs:None=None, added_cond_kwargs:None=None, # hosts pass these empty
+    timestep_cond:None=None, # hosts pass this empty
+    cross_attention_kwargs:None=None, # likewise
+    added_cond_kwargs:None=None, # likewise
 ) -> Tensor: # the prediction (noise, v or x0, as it was trained), (b,out_channels,h,w)
     "Down, through the middle, and up with what was seen on the way down."
     if any(x is not None for x in (timestep_cond, cross_attention_kwargs, added_cond_kwargs)):
@@ -490,7 +492,8 @@ def from_config(cls:UNet2DConditionModel,
     config:Mapping, # ours or the reference's
 ) -> UNet2DConditionModel: # new, with random weights
     "As `Model.from_config`; arguments that only the reference has must be at the values of Stable Diffusion 1 and 2."
-    rest = {k: v for k, v in dict(config).items() if k in FIXED}
+    if not isinstance(config, Mapping): return super(UNet2DConditionModel, cls).from_config(config)  # which says so
+    rest = {k: v for k, v in config.items() if k in FIXED}
     odd = [f'{k}={v!r} (allowed: {FIXED[k]!r})' for k, v in rest.items() if v != FIXED[k]]
     if odd: raise ValueError(f'this U-Net is the one of Stable Diffusion 1 and 2; it cannot have {", ".join(odd)}')
-    return super(UNet2DConditionModel, cls).from_config({k: v for k, v in dict(config).items() if k not in FIXED})
+    return super(UNet2DConditionModel, cls).from_config({k: v for k, v in config.items() if k not in FIXED})

@@ -339,7 +339,7 @@ def psnr(
     a:Tensor, # pictures in [-1, 1], (b,c,h,w)
     b:Tensor, # as many
 ) -> Tensor: # decibels, (b,)
-    "Peak signal-to-noise ratio: 10·log10(range² / mean squared error); what exceeds the range is cut off first."
+    "Peak signal-to-noise ratio: 10·log10(range² / mean squared error); what exceeds the range in `a` is cut off first."
     return 10*torch.log10(4/(a.clamp(-1, 1) - b).square().flatten(1).mean(1))
 
 # %% ../nbs/08_vae.ipynb #a1b289ec
@@ -387,7 +387,7 @@ def _fit_vae(output, epochs, n, bs, lr, kl_weight, seed, device, dtype, progress
     from fastai.callback.training import GradientClip
     from sdcourse.training import fit, make_learner
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         vae = AutoencoderKL(**{**VAE, **config})
     dls = scene_dataloaders(bs, n, seed=seed, device=device)
     learn = make_learner(dls, vae, _reconstruction(seed), partial(vae_loss, kl_weight=kl_weight), dtype=dtype)
@@ -487,8 +487,8 @@ def enable_tiling(self:AutoencoderKL,
     on:bool=True, # False: whole pictures again
 ):
     "Big pictures in overlapping tiles of `sample_size`: less memory; the seams are nearly invisible."
-    if on and self.config.sample_size < 2*self.factor:
-        raise ValueError(f'a tile must have at least {2*self.factor} pixels, not sample_size {self.config.sample_size}')
+    if on and self.config.sample_size % (4*self.factor):  # a quarter of a tile is the overlap, in whole latents
+        raise ValueError(f'for tiles, sample_size must be a multiple of {4*self.factor}, not {self.config.sample_size}')
     self.use_tiling = on
 
 @patch

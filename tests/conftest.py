@@ -50,9 +50,8 @@ def device(request):
 @pytest.fixture(scope='session')
 def chromium():
     "A real Chromium"
-    import shutil
-    names = ['chromium', 'chromium-browser', 'google-chrome']
-    path = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, names)), None)
+    import chromium as tool
+    path = os.environ.get('CHROMIUM') or tool.find()
     if not path: pytest.fail('no Chromium: set CHROMIUM to one (`python tools/chromium.py` finds or installs it)')
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:

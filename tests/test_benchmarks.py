@@ -48,6 +48,20 @@ def test_limits(quick):
     assert max(share for name, share in found['shares'].items() if name.endswith(', float32')) == 1
 
 
+def test_scenes(quick):
+    said, found = quick('scenes')
+    assert found['right']['all']['prompts'] == 60 and len(found['goals']) == 5 and found['seconds'][0] > 0
+    assert all(0 <= row['all'] <= row['digit'] <= 1 and kind in said for kind, row in found['right'].items())
+
+
+def test_gradients(root, tmp_path):
+    command = [sys.executable, root/'benchmarks'/'gradients.py', '--repeats', '1', '--json', tmp_path/'a.json']
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads((tmp_path/'a.json').read_text())['seconds']
+    assert len(found) == 9 and all(name in said and len(took) == 1 and took[0] > 0 for name, took in found.items())
+    assert found['784 nudges of a pixel'][0] > 10*found['one backward pass to the pixels'][0]
+
+
 @pytest.mark.slow
 def test_peers(quick):
     said, found = quick('peers')

@@ -221,7 +221,27 @@ def test_training_repeats(few, tmp_path):
     assert c['files'] != a['files']
 
 
-@pytest.mark.parametrize('wrong,said', [(dict(epochs=0), 'epochs must be at least 1, not 0'),
+def test_a_folder_is_no_shipped_name(few, tmp_path, monkeypatch):
+    "The manifest speaks of what was trained, also where the folder is named as shipped weights are"
+    monkeypatch.chdir(tmp_path)
+    a, b = (train_classifier(name, epochs=1, bs=256, device='cpu', progress=False) for name in ('classifier', 'other'))
+    assert a['test_accuracy'] == b['test_accuracy']
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int32, torch.int64])
+def test_labels_of_any_whole_type(dtype):
+    found = gradients.check_labels(torch.tensor([3, 9], dtype=dtype))
+    assert found.dtype == torch.int64 and found.tolist() == [3, 9]
+
+
+@pytest.mark.parametrize('labels', [torch.tensor([1.]), torch.tensor([True]), torch.zeros(1, 1), [10], [-1], [], 'a'],
+                         ids=str)
+def test_no_labels(labels):
+    with pytest.raises(ValueError, match='labels must be'): gradients.check_labels(labels)
+
+
+@pytest.mark.parametrize('wrong,said', [(dict(device='tpu'), "device 'tpu' cannot be used"),
+                                        (dict(epochs=0), 'epochs must be at least 1, not 0'),
                                         (dict(noise=-1.), 'noise must not be negative')])
 def test_wrong_training(tmp_path, wrong, said):
     with pytest.raises(ValueError, match=said): train_classifier(tmp_path/'made', **wrong)

@@ -15,6 +15,7 @@ from sdcourse.labs import (AttentionLens, CLIPSearch, GradientLab, LatentLab, No
                            mean_map, steps_within, watch_words, word_places)
 from sdcourse.noise import SCHEDULES
 from sdcourse.schedulers import SCHEDULERS
+from sdcourse.tokenizer import CLIPTokenizer
 from sdcourse.widgets import Settings, draw_steps
 
 
@@ -220,6 +221,10 @@ def test_word_places(pipe):
     assert word == 'dragon' and len(dragon) > 1 and dragon == list(range(2, 2 + len(dragon)))
     long = word_places(t, 'a red 7 above '*10)
     assert long[29] == ('red', [30]) and long[30] == ('7', [33]), 'the second row begins with a start token, too'
+    new = CLIPTokenizer(t.vocab, t.merges, t.model_max_length)
+    new.add_tokens(['<toy>', '<toy>_1'])
+    assert word_places(new, 'a <toy> above a 3') == [('a', [1]), ('<toy>', [2]), ('<toy>_1', [3]), ('above', [4]),
+                                                     ('a', [5]), ('3', [6])]
 
 
 def strip(lens, step):

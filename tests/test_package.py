@@ -11,7 +11,6 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 # in the new environment: connections fail, so that whatever asks for the network is seen
 NO_NETWORK = """
@@ -68,7 +67,8 @@ def test_contents(source, names):
             for p in (source/'sdcourse'/d).rglob('*') if p.is_file()}
     modules = {p.relative_to(source).as_posix() for p in (source/'sdcourse').glob('*.py')}
     notebooks = {f'sdcourse/lessons/{p.name}' for p in (source/'nbs').glob('*.ipynb')}
-    assert inside == data | modules | notebooks
+    measured = {f'sdcourse/lessons/benchmarks/{p.name}' for p in (source/'benchmarks').glob('*.json')}
+    assert measured and inside == data | modules | notebooks | measured | {'sdcourse/lessons/pipeline.png'}
     assert sum(n.endswith('.xz') for n in inside) == 4
     assert any(n.endswith('.safetensors') for n in inside)
 
@@ -161,8 +161,6 @@ def test_synthesize(empty):
     with Image.open(empty/'work'/'x.png') as picture: assert min(picture.size) >= 28
 
 
-@pytest.mark.skipif(not (ROOT/'sdcourse'/'pretrained'/'scenes'/'model_index.json').is_file(),
-                    reason='the weights of lesson 12 are not in this checkout')
 def test_generate(empty):
     from PIL import Image
     out = run(empty, 'sdcourse', 'generate', 'a bold red seven above a blue 3', '-o', 'scene.png', '--steps', '2')
@@ -175,6 +173,8 @@ def test_lessons(root, empty):
     copied = sorted((empty/'work'/'mine').glob('*.ipynb'))
     assert [p.name for p in copied] == sorted(p.name for p in (root/'nbs').glob('*.ipynb')) and 'mine' in out
     assert all(p.read_bytes() == (root/'nbs'/p.name).read_bytes() for p in copied)
+    measured = sorted(p.name for p in (empty/'work'/'mine'/'benchmarks').iterdir())
+    assert measured == sorted(p.name for p in (root/'benchmarks').glob('*.json')), 'what lesson 17 reads'
 
 
 def test_shipped_hashes(root):

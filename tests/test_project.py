@@ -98,3 +98,4 @@ def test_one_place(root):
     project = tomllib.loads((root/'pyproject.toml').read_text())
     assert set(project) == {'build-system', 'project', 'tool'} and set(project['tool']) == {'nbdev'}
     assert set(project['project']) == {'name', 'dynamic'}
+    assert 'html-math-method: mathml' in (root/'_quarto.yml').read_text()

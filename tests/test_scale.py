@@ -331,8 +331,9 @@ def tar(path, **members):
 
 def refused(tmp_path):
     "What fails -> (a call, what is said)"
-    bad, png = tmp_path/'bad', io.BytesIO()
+    bad, png, eps = tmp_path/'bad', io.BytesIO(), io.BytesIO()
     bad.mkdir()
+    Image.new('RGB', (8, 8)).save(eps, 'EPS')
     Image.new('RGB', (8, 8)).save(png, 'PNG')
     def file(name, data=b'x'): (bad/name).write_bytes(data)
     def folder(*files):
@@ -347,6 +348,8 @@ def refused(tmp_path):
         'an empty one': (folder, f'{bad} holds no .png, .jpg, .jpeg, .webp and no .tar'),
         'no caption': (lambda: folder(['a.png']), 'a.png has no caption: there is no a.txt beside it'),
         'no picture': (lambda: decode(folder(['a.png'], ['a.txt']), 8), 'a.png is no picture that can be read'),
+        'another kind': (lambda: decode(folder(['a.png', eps.getvalue()], ['a.txt']), 8), 'a.png is no picture that'),
+        'no UTF-8': (lambda: [*folder(['a.png', b'x'], ['a.txt', b'\xff'])], f'{bad/"a.txt"} is not UTF-8'),
         'half a picture': (lambda: decode(folder(['a.png', png.getvalue()[:45]], ['a.txt']), 8), 'a.png is no'),
         'no JSON': (lambda: folder(['metadata.jsonl', b'{']), f'{bad/"metadata.jsonl"}, line 1: '),
         'no text': (lambda: folder(['metadata.jsonl', b'{"file_name": "a"}']), "'file_name' and 'text' are needed"),
@@ -359,6 +362,7 @@ def refused(tmp_path):
         'cut short': (lambda: [shard(a_png=b'x'*9999, a_txt=b'y'), file('a.tar', (bad/'a.tar').read_bytes()[:4000]),
                                *read_shard(bad/'a.tar')], f'{bad/"a.tar"} is not a whole tar file'),
         'nothing to write': (lambda: write_shards([], tmp_path/'w'), 'at least one picture is needed, got none'),
+        'shards already': (lambda: [write_shards(small(1), tmp_path/'x') for _ in 'ab'], 'holds 00000.tar already'),
         'none in a file': (lambda: write_shards(small(1), tmp_path/'w', 0), 'per_shard must be a whole number'),
         'one file': (lambda: captioned_dataloaders(write_shards(small(9), tmp_path/'s')[0].parent, 2, 8),
                      'two tar files are needed, the last is for validation'),

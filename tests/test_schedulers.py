@@ -549,6 +549,7 @@ WRONG = {
     'no own plan': (lambda: schedulers.DDIMScheduler().set_timesteps(timesteps=[3]), 'DDIM', 'timesteps'),
     'a plan and Karras': (lambda: make_scheduler('euler', use_karras_sigmas=True).set_timesteps(timesteps=[3]),
                           'timesteps'),
+    'one level': (lambda: schedulers.EulerDiscreteScheduler().set_timesteps(sigmas=[1.]), '[1.0]', 'at least two'),
     'levels above 1': (lambda: schedulers.FlowMatchEulerDiscreteScheduler().set_timesteps(sigmas=[2., 1.]), '2.0', '1'),
     'begin': (lambda: ready().set_begin_index(4), '4', '0 to 3'),
     'config': (lambda: schedulers.DDIMScheduler.from_config('x'), 'str'),
