@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .data import digit_dataloaders
 from .gradients import DigitClassifier, accuracy, check_labels
-from .images import atomic_path, save_image
+from .images import _whole, atomic_path, save_image
 from .model import _as_json, _make_folder, default_device, find_pretrained, write_manifest
 from .noise import PREDICTION_TYPES, make_alphas_cumprod, make_betas, predict_eps, split_output
 from .unet import UNet2DConditionModel
@@ -71,7 +71,7 @@ def _learner(bs, seed, device, dtype):
     "Model, data and callbacks of the training"
     from sdcourse.training import diffusion_learner
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_whole(seed, 'seed', 0))
         model = UNet2DConditionModel(**UNET).to(device, memory_format=torch.channels_last)
     alphas_cumprod = make_scheduler(**SCHEDULER).alphas_cumprod
     return diffusion_learner(digit_dataloaders(bs, seed=seed, device=device), model, alphas_cumprod,

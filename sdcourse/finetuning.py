@@ -305,7 +305,7 @@ def add_lora(
              if isinstance(layer, LoRALinear) or isinstance(layer, nn.Linear) and f'.{name}'.endswith(ends)}
     if not found: raise ValueError(f'no linear layer has a name that ends in {", ".join(targets)}')
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_whole(seed, 'seed', 0))
         for name, layer in found.items(): model.set_submodule(name, LoRALinear(layer, rank))
     return model
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import digit_dataloaders, mnist
+from .images import _whole
 from .model import Model, _check_device, _make_folder, default_device, write_manifest
 
 # %% ../nbs/02_gradients.ipynb #1f5243c8
@@ -163,7 +164,7 @@ def train_classifier(
     start, device = time.perf_counter(), torch.device(_check_device(device or default_device()))
     _make_folder(output := Path(output))      # better now than after the training; a path is never a shipped name
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_whole(seed, 'seed', 0))
         model = DigitClassifier().to(device, memory_format=torch.channels_last)
     steps = _fit(model, digit_dataloaders(bs, seed=seed, device=device), noise, epochs, lr, seed, progress)
     model.eval().save_pretrained(output, dtype=torch.float16)

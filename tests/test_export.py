@@ -412,7 +412,7 @@ def test_command(digits, traced, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('export', 'FOLDER'), ('export digits --to tflite', "'onnx'"), ('export digits --dtype int4', "'int8'"),
+    ('export', 'NAME'), ('export digits --to tflite', "'onnx'"), ('export digits --dtype int4', "'int8'"),
     ('export unicorn', 'unknown weights')])
 def test_wrong_command(tmp_path, monkeypatch, capsys, line, words):
     monkeypatch.chdir(tmp_path)
