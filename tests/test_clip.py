@@ -510,7 +510,7 @@ def test_goes_on(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('words, message', [
-    (dict(wrong=-1), 'wrong'), (dict(seed=1.5), 'seed'), (dict(bs=0), 'bs'), (dict(n=0), 'n must be'),
+    (dict(wrong=-1), 'wrong'), (dict(seed=1.5), 'seed'), (dict(bs=0), 'bs'), (dict(n=0), 'bs must lie between 1 and 0'),
     (dict(epochs=0), 'epochs'), (dict(device='tpu'), 'tpu'),
     (dict(text_config=dict(num_attention_heads=5)), 'heads')], ids=str)
 def test_bad_training(words, message, tmp_path):
